@@ -1,0 +1,43 @@
+"""vtc: training-free visual-token compression for vision-language models.
+
+    handle = vtc.patch(model, "visionzip", budget=64)      # model.generate(...) as before
+    print(handle.report)
+    handle.remove()
+"""
+
+from vtc import methods as _methods  # registers every method
+from vtc.engine import Handle, compress, patch
+from vtc.errors import VTCError
+from vtc.registry import create, describe, from_dict, methods, register
+from vtc.report import Report
+from vtc.spec import format_spec, parse
+from vtc.stages import Links, Method, Paper, Signal, Site, Stage
+from vtc.tokenmap import TokenMap
+from vtc.tokens import Budget, Layout, Tokens
+
+from vtc._version import __version__
+__all__ = [
+    "Budget",
+    "Handle",
+    "Layout",
+    "Links",
+    "Method",
+    "Paper",
+    "Report",
+    "Signal",
+    "Site",
+    "Stage",
+    "TokenMap",
+    "Tokens",
+    "VTCError",
+    "compress",
+    "create",
+    "describe",
+    "format_spec",
+    "from_dict",
+    "methods",
+    "parse",
+    "patch",
+    "register",
+]
+del _methods

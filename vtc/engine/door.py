@@ -1,0 +1,323 @@
+"""The LLM's door: `llm_in` stages, and the gather after which the sequence is truly short.
+
+Three hooks: the inner model's entry notes the prompt, the language model's entry drops, its exit restores the shape
+of the hidden states (a dropped place repeats the last kept place before it, so logits and labels of the host still
+line up) and files what each layer holds on the KV cache.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapter import Adapter
+from vtc.engine import masks
+from vtc.engine.forward import FORWARD, Forward, inverse_columns, take
+from vtc.engine.memory import Held, Memory, check_cache, held_length, memory_of, remember
+from vtc.engine.plan import Plan, Step
+from vtc.engine.state import ATTRIBUTE, Encoded, run_step, stopwatch
+from vtc.engine.visual import Visual
+from vtc.errors import InputError, StateError, UnsupportedFeatureError
+from vtc.tokens import Tokens
+
+Undo = Callable[[], None]
+Record = Callable[[Forward], None]
+
+
+def attach(adapter: Adapter, plan: Plan, record: Record) -> list[Undo]:
+    """Hook the inner model and the language model; returns what takes the hooks off again."""
+    inner, lm = adapter.inner, adapter.language_model
+    return [
+        inner.register_forward_pre_hook(functools.partial(_enter, adapter, plan), with_kwargs=True).remove,
+        # always_call: also when the forward raised, so that no state survives it
+        inner.register_forward_hook(_leave, always_call=True).remove,
+        lm.register_forward_pre_hook(functools.partial(_compress, adapter, plan), with_kwargs=True).remove,
+        lm.register_forward_hook(functools.partial(_restore, adapter, plan, record), with_kwargs=True).remove,
+    ]
+
+
+def note_encoded(modality: str, encoded: Encoded) -> None:
+    """Called by the encoder when it runs inside a forward (pixels given, not features)."""
+    state = FORWARD.get()
+    if state is not None:
+        state.encoded[modality] = encoded
+
+
+def apply_step(step: Step, visual: Visual, tokens: Tokens, state: Forward, x: Tensor) -> tuple[Visual, Tensor]:
+    """Decide on `tokens` (the surviving tokens of `visual` inside `x`) and write merged features into `x`."""
+    token_map = run_step(step, tokens)
+    after = visual.follow(token_map)
+    if not token_map.is_selection:
+        values = token_map.apply(tokens.x)[:, : after.column.shape[1]].to(x.dtype)
+        x = after.scatter(x, values, state.row_of)
+    return after, x
+
+
+def _enter(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    _clear()
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    given = {**bound, **bound.get("kwargs", {})}
+    state = Forward(plan, given.get("input_ids"))
+    outputs = given.get("mm_encoder_outputs") or {}
+    for encoder in adapter.encoders:
+        output = outputs.get(encoder.modality)
+        if output is None:
+            continue
+        encoded = getattr(output, ATTRIBUTE, None)
+        if encoded is None:
+            raise StateError(
+                "mm_encoder_outputs were encoded before the patch, or cut into pieces by prefill_chunk_size, so it is "
+                "unknown what was decided about them. Encode under the patch, and prefill in one piece."
+            )
+        if encoded.plan is not plan:
+            raise StateError("mm_encoder_outputs were encoded under another patch. Encode the images again.")
+        state.encoded[encoder.modality] = encoded
+    state.token = FORWARD.set(state)
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    _clear()
+
+
+def _clear() -> None:
+    state = FORWARD.get()
+    if state is not None and state.token is not None:
+        FORWARD.reset(state.token)
+
+
+def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Pre-hook of the language model."""
+    state = FORWARD.get()
+    embeds = kwargs.get("inputs_embeds")
+    if state is None or embeds is None:
+        return None
+    cache = kwargs.get("past_key_values")
+    state.batch, state.length, state.device = *embeds.shape[:2], embeds.device
+    state.cache = cache
+    state.memory = memory_of(cache, plan, state.batch) if cache is not None else None
+    if not state.encoded and state.memory is None:
+        return None
+    check_cache(cache)
+    if module.training and getattr(module, "gradient_checkpointing", False):
+        raise UnsupportedFeatureError(
+            "gradient checkpointing runs layers twice, the second time without the state of this forward. "
+            "Call model.gradient_checkpointing_disable()."
+        )
+    state.held = held_length(cache) if cache is not None else 0
+    if state.memory is not None:
+        state.dense = state.held - state.memory.entries
+        state.past = state.memory.length + state.dense
+    else:
+        state.past = state.held
+    kwargs = dict(kwargs)
+    mask = kwargs.get("attention_mask")
+    _note_valid(state, mask)
+    positions = _full_positions(state, kwargs.get("position_ids"))
+    if state.encoded:
+        with stopwatch(embeds.device) as watch:
+            embeds = _decide(adapter, plan, state, embeds)
+        state.seconds += [("llm_in", watch), *(("tower_out", encoded) for encoded in state.encoded.values())]
+    if plan.positions == "compact":
+        positions = _compact_positions(state, positions)
+    if state.column is not None:
+        embeds = take(embeds, state.column)
+        positions = take(positions, state.column, dim=-1)
+    state.door_column, state.door_row_of, state.door_ragged = state.column, state.row_of, state.ragged
+    kwargs["inputs_embeds"] = embeds
+    kwargs["position_ids"] = positions
+    kwargs["attention_mask"] = _door_mask(adapter, state, mask, embeds)
+    return args, kwargs
+
+
+def _note_valid(state: Forward, mask: Any) -> None:
+    """Remember which columns are padding of the prompt."""
+    if isinstance(mask, dict):
+        raise UnsupportedFeatureError("this family builds its masks outside the language model; no adapter serves it.")
+    if mask is None or mask.dim() != 2:
+        return
+    if mask.shape[1] != state.past + state.length:
+        raise InputError(
+            f"attention_mask covers {mask.shape[1]} columns, the prompt has {state.past + state.length} "
+            f"({state.past} of them in the cache). Pass the mask of the whole conversation."
+        )
+    valid = mask.to(state.device).bool()
+    state.past_valid, state.valid = valid[:, : state.past], valid[:, state.past :]
+
+
+def _full_positions(state: Forward, positions: Tensor | None) -> Tensor:
+    """Positions of the uncompressed prompt, with a batch dimension."""
+    if positions is None:
+        return state.arange(state.length, state.past)
+    return positions.expand(*positions.shape[:-2], state.batch, -1)
+
+
+def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> Tensor:
+    """Everything up to the gather: locate the visual tokens, follow the tower's maps, run the `llm_in` stages."""
+    if state.input_ids is None:
+        raise InputError(
+            "inputs_embeds without input_ids: the places of the visual tokens are read from the ids. "
+            "Pass input_ids (and pixel_values or mm_encoder_outputs)."
+        )
+    if len(state.encoded) > 1:
+        raise UnsupportedFeatureError("images and videos in one prompt are not compressed together yet.")
+    ((modality, encoded),) = state.encoded.items()
+    encoder = next(e for e in adapter.encoders if e.modality == modality)
+    state.is_visual = (state.input_ids == encoder.placeholder_id).to(embeds.device)
+    valid = torch.ones_like(state.is_visual) if state.valid is None else state.valid
+    # the one wait for the device in a prefill: how many placeholders and valid columns each prompt has
+    counts, state.valid_counts = torch.stack([state.is_visual.sum(1), valid.sum(1)]).tolist()
+    visual, images = Visual.locate(state.is_visual, encoded.lengths, encoded.layout, counts)
+    if encoded.token_map is not None:
+        visual = visual.follow(encoded.token_map.groups(images))
+    for step in plan.at("llm_in"):
+        if step.stage.pool == "sample":
+            visual = visual.pooled()
+        signals = _text_signals(step, state, visual, embeds)
+        tokens = visual.tokens(embeds, step.budget, signals)
+        visual, embeds = apply_step(step, visual, tokens, state, embeds)
+    state.visual = visual
+    if any(have != sum(images) for have, images in zip(visual.lengths, visual.origin, strict=True)):
+        state.shorten()
+    state.visual_lengths[0] = visual.per_sample(state.batch)
+    return embeds
+
+
+def _text_signals(step: Step, state: Forward, visual: Visual, embeds: Tensor) -> dict[str, Tensor]:
+    if not any(signal.name in ("text_embeds", "text_after") for signal in step.stage.signals):
+        return {}
+    assert state.is_visual is not None
+    is_text = ~state.is_visual if state.valid is None else ~state.is_visual & state.valid
+    # text tokens first, in order; this width holds the longest text, without asking the device
+    width = state.length - min(visual.per_sample(state.batch, [sum(images) for images in visual.origin]))
+    order = (~is_text).long().argsort(dim=1, stable=True)[:, :width]
+    rows = visual.sample_index
+    return {
+        "text_embeds": take(embeds, order)[rows],
+        "text_mask": is_text.gather(1, order)[rows],
+        "text_after": order[rows] > visual.column.max(dim=1, keepdim=True).values,
+    }
+
+
+def _compact_positions(state: Forward, positions: Tensor) -> Tensor:
+    """Positions with the gaps of dropped columns closed, here and in earlier turns."""
+    if positions.dim() != 2:
+        raise UnsupportedFeatureError(
+            "positions='compact' has no meaning for M-RoPE, whose positions are places on the image. "
+            "Use positions='original'."
+        )
+    shift = state.memory.shift if state.memory is not None else None
+    if shift is not None:
+        positions = positions - shift[:, None]
+    if state.row_of is None:
+        return positions
+    dropped = (state.row_of < 0).long()
+    state.shift = dropped.sum(1) if shift is None else dropped.sum(1) + shift
+    return positions - (dropped.cumsum(1) - dropped)
+
+
+def _door_mask(adapter: Adapter, state: Forward, mask: Any, embeds: Tensor) -> Any:
+    """The mask argument for what layer 0 holds and sees."""
+    new, memory = state.columns(), state.memory
+    held = memory.column(0, state.dense) if memory is not None else state.arange(state.past)
+    columns = torch.cat([held, torch.where(new < 0, -1, new + state.past)], dim=1)
+    ragged = state.ragged or (memory is not None and memory.layers[0].ragged)
+    if mask is None and (ragged or state.cache is None):
+        # without a mask and without a cache, gaps in position_ids would be read as packed sequences
+        mask = torch.ones(state.batch, state.past + state.length, dtype=torch.long, device=state.device)
+    if mask is not None:
+        mask = masks.cut(mask, new, columns)
+    if not state.plan.size_bias:
+        return mask
+    implementation = adapter.text_config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        raise UnsupportedFeatureError(
+            f"size_bias=True adds log(size) to attention logits, for which {implementation!r} has no argument. "
+            "Load the model with attn_implementation='sdpa'."
+        )
+    state.bias = _size_bias(state)
+    if mask is None or mask.dim() == 2:
+        valid = columns >= 0 if mask is None else mask.bool()
+        mask = masks.causal(valid, new.shape[1], embeds.dtype, "eager")
+    elif not mask.is_floating_point():
+        mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+    return mask + state.bias[:, None, None, :].to(mask.dtype)
+
+
+def _size_bias(state: Forward) -> Tensor:
+    """log(size) of every key of layer 0, in the order in which it holds them."""
+    new = torch.zeros(state.batch, state.length + 1, device=state.device)
+    if state.visual is not None:
+        target = torch.where(state.visual.column < 0, state.length, state.visual.column)
+        new[state.visual.sample_index[:, None], target] = state.visual.sizes.clamp(min=1).log()
+    column = state.columns()
+    bias = new.gather(1, torch.where(column < 0, state.length, column))
+    past = torch.zeros(state.batch, state.held, device=state.device)
+    if state.memory is not None and state.memory.bias is not None:
+        past[:, : state.memory.entries] = state.memory.bias
+    return torch.cat([past, bias], dim=1)
+
+
+def _restore(
+    adapter: Adapter, plan: Plan, record: Record, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Hook of the language model: full-length hidden states, and the cache's memory."""
+    state = FORWARD.get()
+    if state is None or state.visual is None:
+        return None
+    record(state)
+    if state.column is None:
+        return None
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        cache = kwargs.get("past_key_values")
+    if cache is not None:
+        remember(cache, _written(adapter, plan, state))
+    keep = inverse_columns(state.column, state.length) >= 0
+    padding = (state.column < 0).sum(1, keepdim=True)
+    # every column reads the row of the last kept column at or before it
+    row = (keep.long().cumsum(1) - 1 + padding).clamp(min=0)
+    hidden = take(output[0], row)
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
+    return output
+
+
+def _written(adapter: Adapter, plan: Plan, state: Forward) -> Memory:
+    """What each layer holds after this call."""
+    memory = state.memory
+    made: dict[tuple[int, int], Held] = {}
+    layers = []
+    for index in range(len(adapter.layers)):
+        column, place, ragged = state.layer_state.get(index, (state.door_column, None, state.door_ragged))
+        before = memory.layers[index] if memory is not None else None
+        key = id(column), id(before)
+        if key not in made:
+            made[key] = _joined(state, before, column, place, ragged)
+        layers.append(made[key])
+    shift = state.shift if state.shift is not None else (memory.shift if memory is not None else None)
+    return Memory(plan, state.past + state.length, tuple(layers), shift, state.bias)
+
+
+def _joined(state: Forward, before: Held | None, column: Tensor | None, place: Tensor | None, ragged: bool) -> Held:
+    """The entries of a layer before this call, followed by its new ones."""
+    new = state.arange(state.length) if column is None else column
+    logical = torch.where(new < 0, -1, new + state.past)
+    memory = state.memory
+    if before is None or memory is None:
+        held, held_place = state.arange(state.past), None
+    else:
+        index = memory.layers.index(before)
+        held, held_place = memory.column(index, state.dense), memory.place(index, state.dense)
+    joined = torch.cat([held, logical], dim=1)
+    ragged = ragged or (before is not None and before.ragged)
+    if place is None and held_place is None:
+        return Held(joined, None, ragged)
+    if held_place is None:
+        held_place = state.arange(state.held)
+    if place is None:
+        place = state.arange(new.shape[1])
+    return Held(joined, torch.cat([held_place, torch.where(place < 0, -1, place + state.held)], dim=1), ragged)

@@ -1,0 +1,135 @@
+"""One forward of the language model: what came in, what is left, and what each layer must see."""
+
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from vtc.engine.memory import Memory
+from vtc.engine.plan import Plan
+from vtc.engine.state import Encoded
+from vtc.engine.visual import Visual
+
+
+@dataclass(eq=False)
+class Forward:
+    """Mutable state of one call; cleared when the call ends, also by an exception.
+
+    Columns are counted among the new tokens of this call; rows are places in the current hidden states.
+    """
+
+    plan: Plan
+    input_ids: Tensor | None
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    token: "Token[Forward | None] | None" = None
+
+    # what came in
+    batch: int = 0
+    length: int = 0
+    device: torch.device = torch.device("cpu")
+    cache: Any = None
+    memory: Memory | None = None
+    past: int = 0  # logical columns before this call
+    dense: int = 0  # of those, tokens that follow the memory's compressed part
+    held: int = 0  # entries of layer 0 before this call
+    valid: Bool[Tensor, "B S"] | None = None  # the prompt's 2-D mask over the new columns; None: all valid
+    past_valid: Bool[Tensor, "B P"] | None = None
+    is_visual: Bool[Tensor, "B S"] | None = None
+    valid_counts: list[int] = field(default_factory=list)  # valid columns of each sample
+
+    # what is left
+    visual: Visual | None = None
+    column: Int[Tensor, "B R"] | None = None  # rows -> columns; None while nothing was dropped
+    row_of: Int[Tensor, "B S"] | None = None  # columns -> rows, -1 for dropped ones
+    ragged: bool = False  # rows are padded because samples keep different numbers
+
+    # what layers need
+    door_column: Int[Tensor, "B R"] | None = None
+    door_row_of: Int[Tensor, "B S"] | None = None
+    door_ragged: bool = False
+    place: Int[Tensor, "B R"] | None = None  # rows -> rows at the door; None until a layer dropped something
+    shift: Int[Tensor, " B"] | None = None
+    bias: Tensor | None = None
+    shared: dict[int, dict[str, Any]] = field(default_factory=dict)  # arguments cut once for many layers
+    captured: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    # what was done
+    layer_state: dict[int, tuple[Tensor | None, Tensor | None, bool]] = field(default_factory=dict)
+    visual_lengths: dict[int, list[int]] = field(default_factory=dict)
+    seconds: list[tuple[str, Any]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the current hidden states."""
+        return self.length if self.column is None else self.column.shape[1]
+
+    def columns(self) -> Int[Tensor, "B R"]:
+        """Columns of the current rows, also while nothing was dropped."""
+        return self.column if self.column is not None else self.arange(self.length)
+
+    def valid_rows(self) -> Bool[Tensor, "B R"]:
+        """Which current rows are neither the prompt's padding nor ours."""
+        column = self.columns()
+        valid = column >= 0
+        return valid if self.valid is None else valid & self.valid.gather(1, column.clamp(min=0))
+
+    def shorten(self) -> None:
+        """Make the surviving columns the current ones: all text, and the visual tokens that are left.
+
+        The prompt's own padding goes too: nobody looks at it, and a batch is as long as its longest sample.
+        """
+        assert self.visual is not None and self.is_visual is not None
+        keep = ~self.is_visual | self.visual.is_kept(self.batch, self.length)
+        if self.valid is not None:
+            keep = keep & self.valid
+        before = self.visual.per_sample(self.batch, [sum(images) for images in self.visual.origin])
+        after = self.visual.per_sample(self.batch)
+        totals = [n - b + a for n, b, a in zip(self.valid_counts, before, after, strict=True)]
+        self.column = compact_columns(keep, totals)
+        self.row_of = inverse_columns(self.column, self.length)
+        self.ragged = len(set(totals)) > 1
+        self.shared.clear()
+
+    def arange(self, count: int, start: int = 0) -> Int[Tensor, "B J"]:
+        """`start .. start + count - 1` for each sample."""
+        return torch.arange(start, start + count, device=self.device).expand(self.batch, -1)
+
+
+FORWARD: ContextVar[Forward | None] = ContextVar("vtc_forward", default=None)
+
+
+def lookup(table: Int[Tensor, "B S"] | None, index: Int[Tensor, "B R"]) -> Int[Tensor, "B R"]:
+    """`table[index]` (None: the identity); -1 stays -1."""
+    if table is None:
+        return index
+    return table.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
+
+
+def take(x: Tensor, index: Int[Tensor, "B R"], dim: int = 1) -> Tensor:
+    """Rows `index` of `x` along `dim`; index -1 reads row 0, which the mask hides."""
+    index = index.clamp(min=0).to(x.device)
+    if dim == -1:  # position ids: [B, S] or [axes, B, S]
+        return x.expand(*x.shape[:-2], index.shape[0], -1).gather(-1, index.expand(*x.shape[:-2], -1, -1))
+    return x.expand(index.shape[0], *x.shape[1:]).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def compact_columns(keep: Bool[Tensor, "B S"], counts: list[int]) -> Int[Tensor, "B R"]:
+    """The columns that stay, in order, padded on the left with -1 to the longest row; `counts` are the row sums."""
+    batch, length = keep.shape
+    rows = max(counts)
+    pad = torch.tensor([rows - n for n in counts], device=keep.device)[:, None]
+    target = torch.where(keep, keep.long().cumsum(1) - 1 + pad, rows)  # dropped columns land in an extra place
+    out = torch.full((batch, rows + 1), -1, device=keep.device)
+    source = torch.arange(length, device=keep.device).expand(batch, -1)
+    return out.scatter(1, target, source)[:, :rows]
+
+
+def inverse_columns(column: Int[Tensor, "B R"], length: int) -> Int[Tensor, "B S"]:
+    """For each column its row, -1 where it was dropped."""
+    batch, rows = column.shape
+    out = torch.full((batch, length + 1), -1, device=column.device)
+    target = torch.where(column < 0, length, column)
+    return out.scatter(1, target, torch.arange(rows, device=column.device).expand(batch, -1))[:, :length]

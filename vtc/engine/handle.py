@@ -1,0 +1,221 @@
+"""What a user holds: `patch` a model, `compress` it for a block, read the report, take it off again."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from vtc.adapter import Adapter, adapter_for
+from vtc.engine import door, encoder, layers
+from vtc.engine.forward import Forward
+from vtc.engine.plan import Plan, make_plan
+from vtc.errors import StateError, UnsupportedFeatureError, UnsupportedModelError
+from vtc.report import Report, lengths_by_layer, prefill_costs
+from vtc.spec import format_spec, parse
+from vtc.stages import Method
+from vtc.tokens import Budget
+
+#: the active handle of each patched model; weak, so that a forgotten model goes away with its handle
+_ACTIVE: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictionary()
+
+
+def patch(
+    model: nn.Module,
+    spec: str | Method | Iterable[Method],
+    budget: int | float | str | Budget | None = None,
+    *,
+    positions: str = "auto",
+    size_bias: bool = False,
+) -> "Handle":
+    """Compress the visual tokens of a stock model from now on.
+
+    Args:
+        model: a loaded `...ForConditionalGeneration` of a supported family.
+        spec: a spec string ("visionzip:64", "fastervlm:128 + dart@2:64"), a method, or several methods.
+        budget: tokens (int), share kept (float) or a Budget, for methods that have none of their own.
+        positions: "original" (position ids of the uncompressed prompt), "compact" (closed up), or "auto": what the
+            first method's paper uses.
+        size_bias: add log(size) of merged tokens to their attention logits.
+
+    Returns:
+        A handle with `.report` and `.remove()`.
+
+    Raises:
+        UnsupportedModelError: no adapter, offloaded or meta weights, compiled model.
+        SpecError, BudgetError, SignalUnavailableError: the spec does not fit the model.
+        StateError: the model is already patched.
+
+    Nothing has changed when an error is raised.
+    """
+    active = _ACTIVE.get(model)
+    if active is not None:
+        raise StateError(
+            f"this model is already patched with {active.spec!r}. Call handle.remove() first, "
+            "or use `with vtc.compress(model, ...)` to replace the patch for a block."
+        )
+    handle = Handle(model, parse(spec, budget), positions, size_bias)
+    handle._install()
+    return handle
+
+
+@contextlib.contextmanager
+def compress(
+    model: nn.Module,
+    spec: str | Method | Iterable[Method],
+    budget: int | float | str | Budget | None = None,
+    *,
+    positions: str = "auto",
+    size_bias: bool = False,
+) -> "Iterator[Handle]":
+    """`patch` for the length of a `with` block; an outer patch of the same model is put back at its end."""
+    handle = Handle(model, parse(spec, budget), positions, size_bias)
+    outer = _ACTIVE.get(model)
+    if outer is not None:
+        outer._uninstall()
+    try:
+        handle._install()
+        yield handle
+    finally:
+        handle.remove()
+        if outer is not None:
+            outer._install()
+
+
+class Handle:
+    """A patch on a model. Made by `patch` or `compress`."""
+
+    def __init__(self, model: nn.Module, methods: tuple[Method, ...], positions: str, size_bias: bool) -> None:
+        _check_model(model)
+        self._adapter: Adapter = adapter_for(model)
+        self._plan: Plan = make_plan(self._adapter, methods, positions, size_bias)
+        self._model = weakref.ref(model)
+        self._undo: list[Callable[[], None]] = []
+        self._last: Callable[[], Report] | None = None
+
+    @property
+    def spec(self) -> str:
+        """The methods as a spec string."""
+        return format_spec(self._plan.methods)
+
+    @property
+    def positions(self) -> str:
+        """The position policy in force: "original" or "compact"."""
+        return self._plan.positions
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is compressed right now."""
+        return bool(self._undo)
+
+    @property
+    def report(self) -> Report:
+        """Figures of the last prefill with images.
+
+        Raises:
+            StateError: there was none yet.
+        """
+        if self._last is None:
+            raise StateError("no report yet: the patched model has not seen an image. Call model.generate(...) first.")
+        return self._last()
+
+    def remove(self) -> None:
+        """Take the patch off; the model is what it was before. Calling it twice does nothing."""
+        self._uninstall()
+
+    def __repr__(self) -> str:
+        return f"<vtc.Handle {self.spec!r}, {'active' if self.active else 'removed'}>"
+
+    def _install(self) -> None:
+        model = self._model()
+        if model is None:
+            raise StateError("the patched model no longer exists.")
+        try:
+            self._undo += encoder.attach(self._adapter, self._plan)
+            self._undo += layers.attach(self._adapter, self._plan)
+            self._undo += door.attach(self._adapter, self._plan, self._record)
+        except BaseException:
+            self._uninstall()
+            raise
+        _ACTIVE[model] = self
+
+    def _uninstall(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        model = self._model()
+        if model is not None and _ACTIVE.get(model) is self:
+            del _ACTIVE[model]
+
+    def _record(self, state: Forward) -> None:
+        """Keep what a report needs; the figures are computed when somebody asks."""
+        visual = state.visual
+        assert visual is not None
+        cuts, seconds, batch, length = dict(state.visual_lengths), list(state.seconds), state.batch, state.length
+        encoded = next(iter(state.encoded.values()))
+        layout = encoded.layout
+
+        def report() -> Report:
+            config = self._adapter.text_config
+            dense = visual.per_sample(batch, [sum(images) for images in visual.origin])
+            per_layer = lengths_by_layer(cuts, len(self._adapter.layers))
+            text = tuple(length - n for n in dense)
+            size = next(self._adapter.language_model.parameters()).element_size()
+            full = prefill_costs(config, (tuple(dense),) * len(per_layer), text, size)
+            short = prefill_costs(config, per_layer, text, size)
+            spent: dict[str, float] = {}
+            for site, watch in seconds:
+                spent[site] = spent.get(site, 0.0) + watch.seconds * 1e3
+            return Report(
+                spec=self.spec,
+                family=self._adapter.family,
+                visual_tokens=tuple(dense),
+                entering=per_layer[0],
+                per_layer=per_layer,
+                text_tokens=text,
+                selection_ms=spent,
+                flops_dense=full[0],
+                flops=short[0],
+                kv_bytes_dense=full[1],
+                kv_bytes=short[1],
+                notes=_notes(self._plan, visual.origin),
+                token_map=visual.token_map,
+                samples=visual.sample,
+                layout=layout,
+            )
+
+        self._last = report
+
+
+def _notes(plan: Plan, origin: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
+    notes = []
+    for step in plan.steps:
+        longest = max(n for images in origin for n in images)
+        if step.budget.tokens is not None and step.budget.per == "image" and step.budget.tokens >= longest:
+            notes.append(f"{step}: budget {step.budget.tokens} covers all {longest} tokens, everything is kept")
+    return tuple(notes)
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what cannot be patched, before anything changes.
+
+    Raises:
+        UnsupportedModelError: no module, or weights that are not there.
+        UnsupportedFeatureError: a compiled model.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"patch needs a loaded model, not {type(model).__name__}. "
+            "Load it with AutoModelForImageTextToText.from_pretrained(...)."
+        )
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedFeatureError(
+            "this model is compiled: torch.compile would trace through the state of one forward. "
+            "Patch and use the uncompiled model."
+        )
+    meta = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
+    if meta is not None:
+        raise UnsupportedModelError(
+            f"parameter {meta!r} is on the meta device (offloaded or not loaded), so its layers cannot be read. "
+            "Load the model on one device: from_pretrained(..., device_map='cpu' or 'cuda')."
+        )

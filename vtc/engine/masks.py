@@ -1,0 +1,53 @@
+"""Attention masks of every form that transformers hands to decoder layers, cut to the rows and columns that are left.
+
+Forms: None (sdpa and flash: plain causal, nothing padded), [B, kv] (flash), [B, 1, q, kv] bool (sdpa) or additive
+float (eager). Index -1 marks padding: nobody may look there.
+"""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from vtc.errors import UnsupportedFeatureError
+
+
+def cut(mask: Tensor, rows: Int[Tensor, "B Q"] | None, columns: Int[Tensor, "B K"]) -> Tensor:
+    """`mask` at `rows` (None: all) and `columns`; columns -1 are masked.
+
+    Raises:
+        UnsupportedFeatureError: a mask that is no plain tensor (flex attention).
+    """
+    if not isinstance(mask, Tensor):
+        raise UnsupportedFeatureError(
+            f"attention mask of type {type(mask).__name__}: vtc cuts dense masks. "
+            "Load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
+        )
+    columns = columns.to(mask.device)
+    if mask.dim() == 2:
+        return mask.expand(columns.shape[0], -1).gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 0)
+    batch = columns.shape[0]
+    mask = mask.expand(batch, *mask.shape[1:])
+    heads = mask.shape[1]
+    if rows is not None:
+        index = rows.to(mask.device).clamp(min=0)[:, None, :, None].expand(-1, heads, -1, mask.shape[3])
+        mask = mask.gather(2, index)
+    index = columns.clamp(min=0)[:, None, None, :].expand(-1, heads, mask.shape[2], -1)
+    return mask.gather(3, index).masked_fill((columns < 0)[:, None, None, :], _nothing(mask))
+
+
+def causal(
+    valid: Bool[Tensor, "B K"], queries: int, dtype: torch.dtype, implementation: str | None
+) -> Tensor:
+    """The causal mask of the last `queries` rows over the keys `valid`, in the form that `implementation` reads."""
+    if implementation is not None and implementation.startswith("flash"):
+        return valid
+    keys = valid.shape[1]
+    order = torch.arange(keys, device=valid.device)
+    mask = (order <= order[keys - queries :, None]) & valid[:, None, None, :]
+    if implementation == "eager":
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask
+
+
+def _nothing(mask: Tensor) -> bool | float:
+    return torch.finfo(mask.dtype).min if mask.is_floating_point() else False

@@ -1,0 +1,127 @@
+"""What vtc knows about a KV cache that it shortened; lives on the cache object, so generations do not mix.
+
+Host code sees the *logical* length, as if nothing had been dropped: positions, prompt slicing and second turns go
+on unchanged. Masks are sized by what each layer really holds.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vtc.engine.plan import Plan
+from vtc.engine.state import ATTRIBUTE
+from vtc.errors import StateError, UnsupportedFeatureError
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """The entries of one layer.
+
+    Args:
+        column: int64 [B, K] logical column of each entry; -1 where the entry is padding.
+        place: int64 [B, K] place of each entry among those of layer 0; None: the same entries.
+        ragged: whether there is padding that no mask of the host knows.
+    """
+
+    column: Int[Tensor, "B K"]
+    place: Int[Tensor, "B K"] | None
+    ragged: bool
+
+
+@dataclass(eq=False)
+class Memory:
+    """The compressed part of a cache; tokens that were appended later are dense in every layer.
+
+    Args:
+        plan: whose decisions these are.
+        length: logical columns that the compressed part covers.
+        layers: what each layer holds of it.
+        shift: int64 [B], how far positions were moved together (`positions="compact"`).
+        bias: [B, K] additive key bias of the entries of layer 0 (`size_bias`), or None.
+    """
+
+    plan: Plan
+    length: int
+    layers: tuple[Held, ...]
+    shift: Int[Tensor, " B"] | None
+    bias: Tensor | None
+
+    @property
+    def entries(self) -> int:
+        """Compressed entries of layer 0."""
+        return self.layers[0].column.shape[1]
+
+    def column(self, layer: int, dense: int) -> Int[Tensor, "B K"]:
+        """Logical column of every entry of `layer`, `dense` appended ones included."""
+        return _extend(self.layers[layer].column, self.length, dense)
+
+    def place(self, layer: int, dense: int) -> Int[Tensor, "B K"] | None:
+        """Place of every entry of `layer` among those of layer 0; None where they are the same."""
+        place = self.layers[layer].place
+        return None if place is None else _extend(place, self.entries, dense)
+
+
+def memory_of(cache: Any, plan: Plan, batch: int) -> Memory | None:
+    """The memory of `cache`, or None for a cache that holds everything.
+
+    Raises:
+        StateError: the cache was made under another patch, or its batch changed.
+    """
+    memory: Memory | None = getattr(cache, ATTRIBUTE, None)
+    if memory is None or held_length(cache) == 0:
+        return None
+    if memory.plan is not plan:
+        raise StateError(
+            "this KV cache was compressed under another patch. Continue under the patch that made it, "
+            "or start with a new cache."
+        )
+    made_for = memory.layers[0].column.shape[0]
+    if made_for != batch:
+        raise StateError(
+            f"this compressed KV cache was made for {made_for} prompts and is used for {batch}. "
+            "Expand the inputs before the first forward (num_return_sequences, num_beams), not the cache."
+        )
+    return memory
+
+
+def remember(cache: Any, memory: Memory) -> None:
+    """Attach `memory` to `cache` and let the cache report logical lengths."""
+    setattr(cache, ATTRIBUTE, memory)
+    # instance attributes, not a class: they go with the cache, survive copies, and nothing global changes
+    cache.get_seq_length = functools.partial(_logical_length, cache)
+    cache.get_query_offset = functools.partial(held_length, cache)
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse caches whose entries cannot be dropped.
+
+    Raises:
+        UnsupportedFeatureError: a static cache.
+    """
+    if cache is not None and getattr(cache, "is_compileable", False) and len(getattr(cache, "layers", ())):
+        raise UnsupportedFeatureError(
+            f"{type(cache).__name__}: its entries have fixed places, so dropped tokens would still be attended to. "
+            "Use the default DynamicCache (no cache_implementation='static')."
+        )
+
+
+def held_length(cache: Any, layer_idx: int = 0) -> int:
+    """Entries that a layer really holds."""
+    return int(cache.layers[layer_idx].get_seq_length()) if layer_idx < len(cache.layers) else 0
+
+
+def _logical_length(cache: Any, layer_idx: int = 0) -> int:
+    memory: Memory = getattr(cache, ATTRIBUTE)
+    held = held_length(cache, layer_idx)
+    return held and held - memory.layers[layer_idx].column.shape[1] + memory.length
+
+
+def _extend(column: Int[Tensor, "B K"], start: int, count: int) -> Int[Tensor, "B J"]:
+    if not count:
+        return column
+    dense = torch.arange(start, start + count, device=column.device).expand(column.shape[0], -1)
+    return torch.cat([column, dense], dim=1)

@@ -1,0 +1,97 @@
+"""Which stage acts where on one model; everything that can be refused is refused here, before anything changes."""
+
+from dataclasses import dataclass
+
+from vtc.adapter import Adapter
+from vtc.errors import SignalUnavailableError, SpecError, UnsupportedFeatureError
+from vtc.stages import Method, Signal, Stage
+from vtc.tokens import Budget
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a method together with its budget."""
+
+    method: Method
+    stage: Stage
+    budget: Budget
+
+    def __str__(self) -> str:
+        return f"{self.method.slug} at {self.stage.site}"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The steps of all methods in the order of their sites, and how positions and sizes are treated."""
+
+    methods: tuple[Method, ...]
+    steps: tuple[Step, ...]
+    positions: str
+    size_bias: bool
+
+    def at(self, site: str, index: int | None = None) -> tuple[Step, ...]:
+        """The steps at one site."""
+        return tuple(s for s in self.steps if s.stage.site.name == site and s.stage.site.index == index)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers at which a stage acts, ascending."""
+        return tuple(sorted({s.stage.site.index for s in self.steps if s.stage.site.name == "layer"}))  # type: ignore[type-var]
+
+    def signals(self, site: str, index: int | None = None) -> frozenset[Signal]:
+        """Every signal that the steps at a site read."""
+        return frozenset(signal for step in self.at(site, index) for signal in step.stage.signals)
+
+
+def make_plan(adapter: Adapter, methods: tuple[Method, ...], positions: str, size_bias: bool) -> Plan:
+    """Order the stages of `methods` and check that `adapter`'s model can run them.
+
+    Raises:
+        BudgetError: a stage has no budget.
+        SpecError: a layer that the model does not have, or an unknown position policy.
+        SignalUnavailableError: a stage reads what the model cannot give.
+        UnsupportedFeatureError: a combination that would be wrong.
+    """
+    steps = [Step(method, stage, method.budget_for(stage)) for method in methods for stage in method.stages()]
+    steps.sort(key=lambda step: step.stage.site.order)
+    if positions == "auto":
+        positions = methods[0].positions if methods else "original"
+    if positions not in ("original", "compact"):
+        raise SpecError(f"positions={positions!r} is unknown. Use 'original', 'compact' or 'auto'.")
+    for step in steps:
+        _check(adapter, step)
+    plan = Plan(methods, tuple(steps), positions, size_bias)
+    if plan.layers and positions == "compact":
+        raise UnsupportedFeatureError(
+            f"positions='compact' with {steps[-1]}: tokens dropped inside the LLM keep their rotary positions. "
+            "Use positions='original'."
+        )
+    if size_bias and plan.layers:
+        raise UnsupportedFeatureError(
+            "size_bias=True works for tokens merged before the LLM; it is not carried through layer[k] stages. "
+            "Use size_bias=False, or drop the in-LLM method."
+        )
+    return plan
+
+
+def _check(adapter: Adapter, step: Step) -> None:
+    site = step.stage.site
+    if site.name in ("tower", "decode"):
+        raise UnsupportedFeatureError(f"{step}: this version of the engine has no site {site.name!r} yet.")
+    if site.name == "layer":
+        count = len(adapter.layers)
+        # layer 0 sees exactly what llm_in sees, but its signals come from a layer before it
+        lowest = 1 if step.stage.signals else 0
+        if not lowest <= (site.index or 0) < count:
+            raise SpecError(f"{step}: the LLM has layers {lowest}..{count - 1} where this stage can act (0-based).")
+    if step.budget.per == "sample" and site.name == "tower_out":
+        raise UnsupportedFeatureError(
+            f"{step}: per='sample' cannot be met where images are encoded one by one. Use per='image'."
+        )
+    for signal in step.stage.signals:
+        reason = adapter.unavailable(signal.name, site.name)
+        if reason is not None:
+            raise SignalUnavailableError(
+                f"{step} reads {signal.name!r}, which {adapter.family} cannot give: {reason}. "
+                f"`vtc methods` shows methods without this signal."
+            )

@@ -1,0 +1,286 @@
+"""Which visual tokens are left in the running forward, and in which columns of the prompt they stand."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vtc.errors import InputError
+from vtc.tokenmap import TokenMap
+from vtc.tokens import Budget, Layout, Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Visual:
+    """Groups of visual tokens of a batch of prompts.
+
+    Args:
+        column: int64 [G, N], column of each surviving token among the new columns of the prompt; -1 is padding.
+        lengths: surviving tokens of each group.
+        sample: the batch row of each group.
+        origin: for each group, the uncompressed length of each image in it.
+        layout: places on the grid.
+        token_map: everything that was decided so far, from uncompressed tokens to what is left.
+    """
+
+    column: Int[Tensor, "G N"]
+    lengths: tuple[int, ...]
+    sample: tuple[int, ...]
+    origin: tuple[tuple[int, ...], ...]
+    layout: Layout
+    token_map: TokenMap
+
+    @classmethod
+    def locate(
+        cls, is_visual: Bool[Tensor, "B S"], lengths: Sequence[int], layout: Layout, counts: Sequence[int]
+    ) -> "tuple[Visual, list[int]]":
+        """Match images of `lengths` tokens, in order, with the placeholders of each prompt (`counts` per row).
+
+        Beam search and `num_return_sequences` repeat each prompt, and with it its whole group of images; the second
+        result says which image each group is.
+
+        Raises:
+            InputError: the images do not fill the placeholders.
+        """
+        total, given = sum(counts), sum(lengths)
+        if given == 0 or total % given:
+            raise _mismatch(total, given, len(lengths))
+        repeats = total // given
+        chosen: list[int] = []
+        sample: list[int] = []
+        offset: list[int] = []
+        image = 0
+        for row in range(0, len(counts), repeats):
+            first, filled = image, 0
+            while filled < counts[row]:
+                if image == len(lengths):
+                    raise _mismatch(total, given, len(lengths))
+                filled += lengths[image]
+                image += 1
+            if filled != counts[row] or any(counts[r] != filled for r in range(row, min(row + repeats, len(counts)))):
+                raise InputError(
+                    f"prompt {row} has {counts[row]} image placeholders, but its images give {filled} tokens. "
+                    "Let the processor make the prompt, one image token per image, in the order of the images."
+                )
+            for r in range(row, row + repeats):
+                start = 0
+                for i in range(first, image):
+                    chosen.append(i)
+                    sample.append(r)
+                    offset.append(start)
+                    start += lengths[i]
+        device = is_visual.device
+        order = (~is_visual).long().argsort(dim=1, stable=True)
+        where = torch.arange(max(lengths), device=device)
+        take = torch.tensor(offset, device=device)[:, None] + where
+        picked = tuple(lengths[i] for i in chosen)
+        valid = where < torch.tensor(picked, device=device)[:, None]
+        rows = order[torch.tensor(sample, device=device)]
+        column = rows.gather(1, take.clamp(max=order.shape[1] - 1)).masked_fill(~valid, -1)
+        visual = cls(
+            column,
+            picked,
+            tuple(sample),
+            tuple((n,) for n in picked),
+            layout.to(device).groups(chosen),
+            TokenMap.identity(picked, device),
+        )
+        return visual, chosen
+
+    def follow(self, token_map: TokenMap) -> "Visual":
+        """What is left after `token_map`."""
+        width = max(token_map.lengths)
+        anchor = token_map.anchor[:, :width]
+        return replace(
+            self,
+            column=self.column.gather(1, anchor.clamp(min=0)).masked_fill(anchor < 0, -1),
+            lengths=token_map.lengths,
+            layout=self.layout.take(anchor),
+            token_map=self.token_map.then(token_map),
+        )
+
+    def pooled(self) -> "Visual":
+        """All groups of a sample as one group, in prompt order."""
+        rows = sorted(set(self.sample))
+        if len(rows) == len(self.sample):
+            return self
+        members = [[g for g, s in enumerate(self.sample) if s == row] for row in rows]
+        lengths = tuple(sum(self.lengths[g] for g in group) for group in members)
+        width, inputs = max(lengths), [sum(sum(self.origin[g]) for g in group) for group in members]
+        device = self.column.device
+        source = torch.full((len(rows), width), -1, device=device)
+        maps = []
+        for i, group in enumerate(members):
+            start = 0
+            for g in group:
+                n = self.lengths[g]
+                source[i, start : start + n] = torch.arange(n, device=device) + g * self.column.shape[1]
+                start += n
+            maps.append(_concatenate(self.token_map, group, [sum(self.origin[g]) for g in group], max(inputs)))
+        missing = source < 0
+
+        def pool(x: Tensor, fill: int) -> Tensor:
+            return x.flatten()[source.clamp(min=0)].masked_fill(missing, fill)
+
+        layout = self.layout
+        first_segment = _first_segments(layout, members, device)
+        shifted = replace(layout, segment=torch.where(layout.segment < 0, -1, layout.segment + first_segment[:, None]))
+        return Visual(
+            pool(self.column, -1),
+            lengths,
+            tuple(rows),
+            tuple(tuple(n for g in group for n in self.origin[g]) for group in members),
+            Layout(
+                *(pool(part, -1) for part in (shifted.row, shifted.col, shifted.segment)),
+                grids=tuple(tuple(grid for g in group for grid in layout.grids[g]) for group in members),
+            ),
+            _stack(maps, lengths, max(inputs)),
+        )
+
+    def tokens(
+        self,
+        x: Float[Tensor, "B S D"],
+        budget: Budget,
+        signals: Mapping[str, Tensor],
+        row_of: Int[Tensor, "B S"] | None = None,
+    ) -> Tokens:
+        """What a stage sees of `x`."""
+        wanted = budgets(budget, self.origin, self.lengths, self.layout, self.sample)
+        return Tokens(self.gather(x, row_of), self.lengths, self.layout, signals, budget=wanted)
+
+    def gather(self, x: Float[Tensor, "B S D"], row_of: Int[Tensor, "B S"] | None = None) -> Float[Tensor, "G N D"]:
+        """The features of the surviving tokens; `row_of` translates columns to rows of a shortened `x`."""
+        return x[self.sample_index[:, None], self.rows(row_of).clamp(min=0)]
+
+    def scatter(
+        self, x: Float[Tensor, "B S D"], values: Float[Tensor, "G N D"], row_of: Int[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B S D"]:
+        """`x` with the features of the surviving tokens replaced by `values` (a new tensor)."""
+        rows = self.rows(row_of)
+        extra = torch.where(rows < 0, x.shape[1], rows)  # padding lands in an extra row
+        padded = torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1)
+        return padded.index_put((self.sample_index[:, None], extra), values)[:, :-1]
+
+    def rows(self, row_of: Int[Tensor, "B S"] | None) -> Int[Tensor, "G N"]:
+        """Row of each surviving token in the current hidden states, -1 in padding."""
+        if row_of is None:
+            return self.column
+        return row_of[self.sample_index[:, None], self.column.clamp(min=0)].masked_fill(self.column < 0, -1)
+
+    @property
+    def sizes(self) -> Float[Tensor, "G N"]:
+        """How many input tokens each surviving token stands for."""
+        return self.token_map.sizes()[:, : self.column.shape[1]]
+
+    @property
+    def sample_index(self) -> Int[Tensor, " G"]:
+        return torch.tensor(self.sample, device=self.column.device)
+
+    def is_kept(self, batch: int, length: int) -> Bool[Tensor, "B S"]:
+        """True at the columns of surviving tokens."""
+        kept = torch.zeros(batch, length + 1, dtype=torch.bool, device=self.column.device)
+        target = torch.where(self.column < 0, length, self.column)
+        return kept.index_put((self.sample_index[:, None], target), torch.ones_like(target, dtype=torch.bool))[:, :-1]
+
+    def per_sample(self, batch: int, lengths: Sequence[int] | None = None) -> list[int]:
+        """Surviving (or `lengths`) tokens of each batch row."""
+        counts = [0] * batch
+        for row, n in zip(self.sample, self.lengths if lengths is None else lengths, strict=True):
+            counts[row] += n
+        return counts
+
+
+def budgets(
+    budget: Budget,
+    origin: Sequence[tuple[int, ...]],
+    lengths: Sequence[int],
+    layout: Layout | None,
+    sample: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """Tokens that stay in each group: counted on its uncompressed images, never more than it still has.
+
+    A number per image or video counts for each image in the group; per tile or frame, for each of its segments; per
+    sample, it is shared evenly by the groups of the sample.
+    """
+    if budget.per == "sample":
+        assert sample is not None
+        members = {row: [g for g, s in enumerate(sample) if s == row] for row in set(sample)}
+        wanted = [0] * len(origin)
+        for groups in members.values():
+            (total,) = budget.resolve((sum(sum(origin[g]) for g in groups),))
+            for rank, g in enumerate(groups):
+                wanted[g] = total // len(groups) + (rank < total % len(groups))
+    elif budget.per in ("tile", "frame") and budget.tokens is not None:
+        segments = [len(grids) for grids in layout.grids] if layout is not None else [1] * len(origin)
+        wanted = [budget.tokens * n for n in segments]
+    else:
+        wanted = [sum(budget.resolve(images)) for images in origin]
+    return tuple(max(1, min(want, have)) for want, have in zip(wanted, lengths, strict=True))
+
+
+def _mismatch(placeholders: int, features: int, images: int) -> InputError:
+    return InputError(
+        f"the prompts hold {placeholders} image placeholders, the {images} images give {features} tokens. "
+        "Let the processor make the prompt, with one image token for each image."
+    )
+
+
+def _first_segments(layout: Layout, members: list[list[int]], device: torch.device) -> Tensor:
+    first = [0] * len(layout.grids)
+    for group in members:
+        start = 0
+        for g in group:
+            first[g] = start
+            start += len(layout.grids[g])
+    return torch.tensor(first, device=device)
+
+
+def _concatenate(maps: TokenMap, group: Sequence[int], inputs: Sequence[int], num_tokens: int) -> TokenMap:
+    """The maps of several groups side by side: one group whose input is all their inputs in a row."""
+    anchors, sources, slots, weights, masses = [], [], [], [], []
+    token = slot = 0
+    for g, n_in in zip(group, inputs, strict=True):
+        one = maps.groups([g])
+        n = one.lengths[0]
+        anchors.append(one.anchor[:, :n] + token)
+        index = torch.arange(n, device=one.anchor.device)[None]
+        has = one.slot is not None and one.source is not None and one.weight is not None
+        sources.append((one.source if has else one.anchor[:, :n]) + token)  # type: ignore[operator]
+        local = one.slot if has else index
+        slots.append(torch.where(local < 0, -1, local + slot))  # type: ignore[operator,arg-type]
+        weights.append(one.weight if has else torch.ones_like(index).float())
+        masses.append(one._mass() if has else torch.ones_like(index).float())
+        token, slot = token + n_in, slot + n
+    anchor = torch.cat(anchors, dim=1)
+    if maps.is_selection:
+        return TokenMap(anchor, (slot,), num_tokens)
+    return TokenMap(
+        anchor,
+        (slot,),
+        num_tokens,
+        torch.cat(sources, dim=1),
+        torch.cat(slots, dim=1),
+        torch.cat(weights, dim=1),  # type: ignore[arg-type]
+        torch.cat(masses, dim=1),
+    )
+
+
+def _stack(maps: list[TokenMap], lengths: tuple[int, ...], num_tokens: int) -> TokenMap:
+    def pad(parts: list[Tensor], value: int) -> Tensor:
+        width = max(part.shape[1] for part in parts)
+        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+
+    anchor = pad([m.anchor for m in maps], -1)
+    if all(m.is_selection for m in maps):
+        return TokenMap(anchor, lengths, num_tokens)
+    return TokenMap(
+        anchor,
+        lengths,
+        num_tokens,
+        pad([m.source for m in maps], 0),  # type: ignore[misc]
+        pad([m.slot for m in maps], -1),  # type: ignore[misc]
+        pad([m.weight for m in maps], 0),  # type: ignore[misc]
+        pad([m.mass for m in maps], 0),  # type: ignore[misc]
+    )

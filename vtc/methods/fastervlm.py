@@ -1,0 +1,52 @@
+"""FasterVLM: keep the tokens that [CLS] looks at."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtc.primitives import topk_keep
+from vtc.registry import register
+from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.tokens import Tokens
+
+
+@register
+@dataclass(frozen=True)
+class FasterVLM(Method):
+    """Top-k of the [CLS] attention of the feature layer, mean over heads; kept tokens stay in raster order.
+
+    "[CLS] Attention is All You Need for Training-Free Visual Token Pruning" (arXiv 2412.01818). The row is the
+    softmax over all tokens, [CLS] included, and is not renormalised. Budgets count each image (each crop with AnyRes).
+    The published code renumbers positions (`positions="compact"`).
+
+    Args:
+        score: "cls", or "received" for towers without [CLS]: the attention that a token receives from all others, the
+            authors' advice for such towers.
+    """
+
+    slug = "fastervlm"
+    paper = Paper(
+        "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster",
+        "2412.01818",
+    )
+    steps = ("top-k [CLS] attention", "none", "drop")
+    fidelity = "golden"
+    tags = frozenset({"permutation_equivariant"})
+    positions = "compact"
+    defaults = {"llava": 144}  # 75 % reduction, the project page's first row
+
+    score: str = "cls"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "score", ("cls", "received"))
+
+    @property
+    def signal(self) -> str:
+        return "cls_attention" if self.score == "cls" else "received_attention"
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage(Site("tower_out"), self.filter, signals=(Signal(self.signal),)),)
+
+    def filter(self, tokens: Tokens) -> Tensor:
+        return topk_keep(tokens.signal(self.signal), tokens.budget, mask=tokens.mask)

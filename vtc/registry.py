@@ -1,0 +1,150 @@
+"""The list of methods: a plain dict filled by explicit imports.
+
+Everything that lists methods (CLI, tables, demo, conformance suite) reads it from here.
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+from vtc.errors import SpecError, unknown_name
+from vtc.stages import Method
+from vtc.tokens import Budget
+
+FIDELITIES = ("golden", "paper", "reconstructed", "control")
+
+_METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Class decorator that makes a method known by its slug.
+
+    Raises:
+        SpecError: the slug is taken, or a declaration is missing.
+    """
+    for attribute in ("slug", "steps", "fidelity"):
+        if not hasattr(cls, attribute):
+            raise SpecError(f"method class {cls.__name__} does not declare {attribute!r}.")
+    if cls.fidelity not in FIDELITIES:
+        raise SpecError(f"{cls.__name__}.fidelity={cls.fidelity!r}: use one of {', '.join(FIDELITIES)}.")
+    if cls.paper is None and cls.fidelity != "control":
+        raise SpecError(f"{cls.__name__} has no paper and is no control: declare paper=Paper(title, arxiv).")
+    taken = _METHODS.get(cls.slug)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise SpecError(f"method {cls.slug!r} is already registered by {taken.__module__}. Choose another slug.")
+    _METHODS[cls.slug] = cls
+    return cls
+
+
+def methods() -> tuple[str, ...]:
+    """The slugs of all registered methods, sorted."""
+    return tuple(sorted(_METHODS))
+
+
+def method_class(slug: str) -> type[Method]:
+    """The class registered as `slug`.
+
+    Raises:
+        SpecError: there is none; the nearest name is suggested.
+    """
+    if slug not in _METHODS:
+        raise unknown_name("method", slug, _METHODS, "vtc methods")
+    return _METHODS[slug]
+
+
+def create(slug: str, **options: Any) -> Method:
+    """The method `slug` with its fields set from `options`; text values are converted to the type of the default.
+
+    Raises:
+        SpecError: unknown method, unknown option, or a value of the wrong type.
+
+    Example:
+        >>> create("fastv", layer=3).layer
+        3
+    """
+    cls = method_class(slug)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for name, value in options.items():
+        if name not in fields:
+            raise SpecError(f"method {slug!r} has no option {name!r}. Options: {', '.join(sorted(fields))}.")
+        default = fields[name].default
+        if name == "budget":
+            value = None if value is None else Budget.of(value)
+        elif isinstance(value, str) and not isinstance(default, str):
+            value = _convert(slug, name, value, default)
+        else:
+            _check_type(slug, name, value, default)
+        values[name] = value
+    return cls(**values)
+
+
+def from_dict(data: dict[str, Any]) -> Method:
+    """The method that `Method.to_dict` wrote.
+
+    Raises:
+        SpecError: another version, or an unknown method or option.
+    """
+    options = dict(data)
+    if options.pop("version", None) != 1:
+        raise SpecError(f"method dict of version {data.get('version')!r}: this vtc reads version 1.")
+    budget = options.pop("budget", None)
+    if budget is not None:
+        options["budget"] = Budget(**budget)
+    return create(options.pop("method"), **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+def describe(slug: str) -> dict[str, Any]:
+    """What a method declares, as plain data: the source of every table.
+
+    Raises:
+        SpecError: there is no such method.
+    """
+    cls = method_class(slug)
+    try:
+        stages = cls(budget=Budget(tokens=64)).stages()
+    except TypeError as error:  # a field without default cannot be described, and cannot be used from a string either
+        raise SpecError(f"method {slug!r} has a field without default: {error}") from error
+    return {
+        "method": slug,
+        "title": cls.paper.title if cls.paper else (cls.__doc__ or "").strip().splitlines()[0],
+        "arxiv": cls.paper.arxiv if cls.paper else None,
+        "venue": cls.paper.venue if cls.paper else None,
+        "sites": [str(stage.site) for stage in stages],
+        "signals": sorted({signal.name for stage in stages for signal in stage.signals}),
+        "filter": cls.steps[0],
+        "correlate": cls.steps[1],
+        "compress": cls.steps[2],
+        "fidelity": cls.fidelity,
+        "adaptive": "adaptive" in cls.tags,
+        "tags": sorted(cls.tags),
+        "positions": cls.positions,
+        "defaults": dict(cls.defaults),
+        "options": {f.name: f.default for f in dataclasses.fields(cls) if f.name != "budget"},
+    }
+
+
+def _convert(slug: str, name: str, text: str, default: Any) -> Any:
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if isinstance(default, int):
+            return int(text)
+        if isinstance(default, float):
+            return float(text)
+        if isinstance(default, tuple):
+            kind = type(default[0]) if default else int
+            return tuple(kind(part) for part in text.split("|"))
+    except (ValueError, KeyError):
+        raise SpecError(
+            f"{name}={text!r} for method {slug!r}: a {type(default).__name__} such as {default!r} is expected."
+        ) from None
+    return text
+
+
+def _check_type(slug: str, name: str, value: Any, default: Any) -> None:
+    fits = default is None or isinstance(value, type(default)) or (isinstance(default, float) and type(value) is int)
+    if isinstance(value, bool) != isinstance(default, bool) and default is not None:
+        fits = False
+    if not fits:
+        raise SpecError(f"{name}={value!r} for method {slug!r}: a {type(default).__name__} such as {default!r} is expected.")

@@ -1,0 +1,103 @@
+"""What the last compressed prefill did, in every counting convention that papers mix."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vtc import flops
+from vtc.tokenmap import TokenMap
+from vtc.tokens import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """One prefill of a patched model.
+
+    Args:
+        spec: the methods, as a spec string.
+        family: the adapter's family.
+        visual_tokens: uncompressed visual tokens of each sample.
+        entering: visual tokens of each sample that entered the LLM.
+        per_layer: visual tokens of each sample at each decoder layer.
+        text_tokens: other columns of each sample (padding included).
+        selection_ms: site -> milliseconds spent deciding and applying.
+        flops_dense, flops: prefill FLOPs of the LLM, uncompressed and compressed, summed over the batch.
+        kv_bytes_dense, kv_bytes: bytes of the KV cache after the prefill.
+        notes: what a reader should know (a budget above N, ...).
+        token_map: uncompressed tokens -> tokens that are left at the end, one group per image or sample.
+        samples: batch row of each group of `token_map`.
+        layout: places of the uncompressed tokens of each group.
+    """
+
+    spec: str
+    family: str
+    visual_tokens: tuple[int, ...]
+    entering: tuple[int, ...]
+    per_layer: tuple[tuple[int, ...], ...]
+    text_tokens: tuple[int, ...]
+    selection_ms: dict[str, float]
+    flops_dense: int
+    flops: int
+    kv_bytes_dense: int
+    kv_bytes: int
+    notes: tuple[str, ...]
+    token_map: TokenMap
+    samples: tuple[int, ...]
+    layout: Layout
+
+    @property
+    def after_last_cut(self) -> tuple[int, ...]:
+        """Visual tokens of each sample in the last layer."""
+        return self.per_layer[-1]
+
+    @property
+    def layer_average(self) -> tuple[float, ...]:
+        """Visual tokens of each sample, averaged over the decoder layers."""
+        return tuple(sum(column) / len(self.per_layer) for column in zip(*self.per_layer, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain data (the map and the layout are left out)."""
+        data = {k: v for k, v in vars(self).items() if k not in ("token_map", "layout", "samples")}
+        return {**data, "after_last_cut": self.after_last_cut, "layer_average": self.layer_average}
+
+    def __str__(self) -> str:
+        def span(values: tuple[float, ...]) -> str:
+            low, high = min(values), max(values)
+            return f"{low:g}" if low == high else f"{low:g}..{high:g}"
+
+        share = self.flops / self.flops_dense
+        lines = [
+            f"{self.spec} on {self.family}",
+            f"  visual tokens      {span(self.visual_tokens)}",
+            f"  entering the LLM   {span(self.entering)}",
+            f"  after the last cut {span(self.after_last_cut)}",
+            f"  layer average      {span(tuple(round(v, 1) for v in self.layer_average))}",
+            f"  LLM prefill FLOPs  {self.flops_dense / 1e9:.2f} G -> {self.flops / 1e9:.2f} G ({share:.1%})",
+            f"  KV cache           {self.kv_bytes_dense / 2**20:.2f} MiB -> {self.kv_bytes / 2**20:.2f} MiB",
+            *(f"  selection {site:<9} {ms:.2f} ms" for site, ms in self.selection_ms.items()),
+            *(f"  note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def lengths_by_layer(cuts: dict[int, list[int]], layers: int) -> tuple[tuple[int, ...], ...]:
+    """Visual tokens per sample at every layer, from the layers at which the number changed."""
+    current: list[int] = cuts[0]
+    rows = []
+    for index in range(layers):
+        current = cuts.get(index, current)
+        rows.append(tuple(current))
+    return tuple(rows)
+
+
+def prefill_costs(
+    config: Any, per_layer: tuple[tuple[int, ...], ...], text: tuple[int, ...], element_size: int
+) -> tuple[int, int]:
+    """FLOPs and KV bytes of the prefill, summed over the samples."""
+    samples = range(len(text))
+    lengths = [[layer[b] + text[b] for layer in per_layer] for b in samples]
+    return (
+        sum(flops.llm_prefill(config, lengths[b]) for b in samples),
+        sum(flops.kv_bytes(config, lengths[b], element_size) for b in samples),
+    )
+
+

@@ -1,0 +1,10 @@
+"""What tests need, public so that users can check their own methods.
+
+`tiny` builds random-weight models of every family, `oracle` the masked full model that compression must equal,
+`golden` loads recorded outputs of the authors' own code.
+"""
+
+from vtc.testing.oracle import masked_logits, relative_difference
+from vtc.testing.tiny import TinyModel, families, tiny
+
+__all__ = ["TinyModel", "families", "masked_logits", "relative_difference", "tiny"]

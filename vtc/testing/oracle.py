@@ -1,0 +1,76 @@
+"""The oracle: dropping tokens while keeping their positions equals the full model with their keys masked.
+
+It shares no code with the engine: the stock model runs on all tokens, with explicit masks handed to each layer.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapter import adapter_for
+
+
+def masked_logits(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    visible: Callable[[int], Tensor],
+    *,
+    replace: tuple[Tensor, Tensor] | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Logits [B, S, V] of the stock model in which layer l may look at the columns `visible(l)` ([B, S] bool) only.
+
+    Args:
+        model: the unpatched model.
+        inputs: as for the patched one.
+        replace: (is_replaced [B, S], values [R, D]) rows of the LLM's input that are overwritten first, for maps
+            that merge.
+        position_ids: [B, S]; None: counted over the attention mask.
+    """
+    adapter = adapter_for(model)
+    lm = adapter.language_model
+    batch, length = inputs["input_ids"].shape
+    padding = inputs.get("attention_mask", torch.ones(batch, length, dtype=torch.long)).bool()
+    if position_ids is None:
+        position_ids = (padding.long().cumsum(1) - 1).clamp(min=0)
+    order = torch.arange(length)
+    causal = order <= order[:, None]
+    dtype = next(lm.parameters()).dtype
+    eager = lm.config._attn_implementation == "eager"
+
+    def mask(layer: int) -> Tensor:
+        # a row may always look at itself, so that rows of dropped tokens stay finite; they are not compared
+        allowed = causal & (padding & visible(layer))[:, None, None, :] | torch.eye(length, dtype=torch.bool)
+        if not eager:
+            return allowed
+        return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = {**kwargs, "attention_mask": mask(0), "position_ids": position_ids}
+        if replace is not None:
+            embeds = kwargs["inputs_embeds"].clone()
+            embeds[replace[0]] = replace[1].to(embeds.dtype)
+            kwargs["inputs_embeds"] = embeds
+        return args, kwargs
+
+    def layer_hook(index: int) -> Callable[..., Any]:
+        return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask(index)})
+
+    hooks = [lm.register_forward_pre_hook(enter, with_kwargs=True)]
+    hooks += [
+        layer.register_forward_pre_hook(layer_hook(i), with_kwargs=True) for i, layer in enumerate(adapter.layers)
+    ]
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b|."""
+    return float((a - b).abs().max() / b.abs().max())

@@ -1,0 +1,211 @@
+"""The decision of a stage: a row-sparse linear map from tokens to fewer tokens.
+
+    out[b, k] = sum over edges e of group b with slot[e] == k:  weight[e] * x[b, source[e]]
+
+Each slot has an *anchor*: the token whose place, and position id, it takes. A map without edges is a pure selection
+and copies the anchors bit for bit. Maps are ragged over the batch (`lengths`), immutable, and building one never
+waits for the device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vtc.errors import InputError
+from vtc.kernels import segment_merge
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """A batch of maps from `num_tokens` tokens to `lengths[b]` slots.
+
+    Args:
+        anchor: int64 [B, K], the token whose place slot k takes; -1 in padding, which comes last.
+        lengths: slots of each group.
+        num_tokens: tokens of the longest group on the input side, prefix included.
+        source, slot, weight: [B, E] edges, or None for a pure selection; slot -1 is padding.
+        mass: [B, E] share of the source token that this edge carries; sums to 1 over the edges of a token that was
+            merged or kept. None: every token is split evenly over its edges.
+
+    Example:
+        >>> keep = torch.tensor([[0, 2]])
+        >>> m = TokenMap.select(keep, num_tokens=4)
+        >>> m.apply(torch.arange(4.0).reshape(1, 4, 1)).flatten().tolist()
+        [0.0, 2.0]
+    """
+
+    anchor: Int[Tensor, "B K"]
+    lengths: tuple[int, ...]
+    num_tokens: int
+    source: Int[Tensor, "B E"] | None = None
+    slot: Int[Tensor, "B E"] | None = None
+    weight: Float[Tensor, "B E"] | None = None
+    mass: Float[Tensor, "B E"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.anchor.dim() != 2 or self.anchor.shape[0] != len(self.lengths):
+            raise InputError(f"anchor {tuple(self.anchor.shape)} does not fit {len(self.lengths)} groups.")
+        edges = (self.source, self.slot, self.weight)
+        if any(part is None for part in edges) != all(part is None for part in edges):
+            raise InputError("source, slot and weight come together, or none of them.")
+
+    @classmethod
+    def select(
+        cls, keep: Int[Tensor, "B K"], num_tokens: int, lengths: Sequence[int] | None = None
+    ) -> "TokenMap":
+        """Keep the tokens `keep` (padding -1 last) and drop the rest."""
+        return cls(keep, tuple(lengths) if lengths is not None else (keep.shape[1],) * keep.shape[0], num_tokens)
+
+    @classmethod
+    def identity(cls, lengths: Sequence[int], device: torch.device | None = None) -> "TokenMap":
+        """Every token stays."""
+        n = max(lengths, default=0)
+        index = torch.arange(n, device=device).expand(len(lengths), -1)
+        ends = torch.tensor(list(lengths), device=device)[:, None]
+        return cls(torch.where(index < ends, index, -1), tuple(lengths), n)
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether no token is merged."""
+        return self.source is None
+
+    def apply(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B K D"]:
+        """The tokens after the map, in the dtype of `x`; sums run in fp32; padding slots are 0."""
+        if self.source is None or self.slot is None or self.weight is None:
+            out = _gather(x, self.anchor)
+            return out if len(set(self.lengths)) <= 1 else out.masked_fill((self.anchor < 0)[..., None], 0)
+        return segment_merge(
+            _gather(x, self.source), self.slot, self.anchor.shape[1], weights=self.weight, reduce="sum"
+        )
+
+    def then(self, after: "TokenMap") -> "TokenMap":
+        """One map that does what this one and then `after` do."""
+        anchor = _follow(self.anchor, after.anchor)
+        if self.source is None or self.slot is None or self.weight is None:
+            source = None if after.source is None else _follow(self.anchor, after.source)
+            return replace(after, anchor=anchor, num_tokens=self.num_tokens, source=source)
+        if after.source is None:
+            # the edges of dropped slots become padding, the others move to their new slot
+            moved = torch.full_like(self.anchor, -1).scatter(
+                1,
+                after.anchor.clamp(min=0),
+                torch.arange(after.anchor.shape[1], device=anchor.device).expand_as(after.anchor),
+            )
+            # padding of `after` was scattered to slot 0: put the true value back where slot 0 survived
+            first = (after.anchor == 0).long()
+            moved[:, 0] = torch.where(first.any(1), first.argmax(1), -1)
+            return TokenMap(
+                anchor, after.lengths, self.num_tokens, self.source, _follow(moved, self.slot), self.weight, self.mass
+            )
+        return self._product(after, anchor)
+
+    def _product(self, after: "TokenMap", anchor: Int[Tensor, "B K"]) -> "TokenMap":
+        """The sparse product; the only place that counts edges, and so waits for the device."""
+        batch, slots, tokens, middle = len(self.lengths), anchor.shape[1], self.num_tokens, self.anchor.shape[1]
+        parts = []
+        for first, second in ((self.weight, after.weight), (self._mass(), after._mass())):
+            left = _sparse(after, second, (batch * slots, batch * middle))
+            right = _sparse(self, first, (batch * middle, batch * tokens))
+            parts.append(torch.sparse.mm(left, right).coalesce())
+        weights, masses = parts
+        if not torch.equal(weights.indices(), masses.indices()):  # a zero weight that carries mass, or the reverse
+            zero = torch.sparse_coo_tensor(masses.indices(), masses.values() * 0, masses.shape)
+            weights = (weights + zero).coalesce()
+            zero = torch.sparse_coo_tensor(weights.indices(), weights.values() * 0, weights.shape)
+            masses = (masses + zero).coalesce()
+        row, column = weights.indices()
+        group = row // slots
+        counts = torch.bincount(group, minlength=batch)
+        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[group]
+        size = (batch, int(counts.max()) if len(row) else 0)
+        source = row.new_zeros(size).index_put((group, place), column % tokens)
+        slot = row.new_full(size, -1).index_put((group, place), row % slots)
+        weight = weights.values().new_zeros(size).index_put((group, place), weights.values())
+        mass = masses.values().new_zeros(size).index_put((group, place), masses.values())
+        return TokenMap(anchor, after.lengths, tokens, source, slot, weight, mass)
+
+    def sizes(self) -> Float[Tensor, "B K"]:
+        """How many input tokens each slot stands for (fractions where a token was split over slots)."""
+        if self.slot is None:
+            return (self.anchor >= 0).float()
+        mass = self._mass()
+        sizes = mass.new_zeros(*self.anchor.shape[:1], self.anchor.shape[1] + 1)
+        return sizes.scatter_add(1, self.slot + 1, mass)[:, 1:]  # column 0 collects the padding
+
+    def sources(self) -> Int[Tensor, "B N"]:
+        """For each input token the slot it mainly went into, -1 where it was dropped."""
+        heaviest = self.matrix(mass=True).max(dim=1)
+        return torch.where(heaviest.values > 0, heaviest.indices, -1)
+
+    def matrix(self, mass: bool = False) -> Float[Tensor, "B K N"]:
+        """The map (or its mass) as a dense matrix, for tests and pictures."""
+        batch, slots = self.anchor.shape
+        dense = torch.zeros(batch, slots + 1, self.num_tokens, device=self.anchor.device)
+        rows = torch.arange(batch, device=self.anchor.device)[:, None]
+        if self.source is None or self.slot is None or self.weight is None:
+            index = torch.arange(slots, device=self.anchor.device).expand_as(self.anchor)
+            slot, source, value = torch.where(self.anchor < 0, -1, index), self.anchor, torch.ones_like(index).float()
+        else:
+            slot, source, value = self.slot, self.source, self._mass() if mass else self.weight.float()
+        return dense.index_put((rows, slot + 1, source.clamp(min=0)), value, accumulate=True)[:, 1:]
+
+    def raster(self) -> "TokenMap":
+        """The same map with its slots in the order of their anchors (padding stays last)."""
+        key = torch.where(self.anchor < 0, self.num_tokens, self.anchor)
+        order = key.argsort(dim=1, stable=True)
+        slot = self.slot
+        if slot is not None:
+            slot = _follow(order.argsort(dim=1), slot)
+        return replace(self, anchor=self.anchor.gather(1, order), slot=slot)
+
+    def in_slot_order(self) -> "TokenMap":
+        """The same features in the same order, on the same set of places taken in ascending order.
+
+        Methods whose published code appends tokens at the end use this: sequence order then is slot order.
+        """
+        return replace(self, anchor=self.raster().anchor)
+
+    def groups(self, index: Sequence[int]) -> "TokenMap":
+        """The map of the groups `index`, in that order."""
+        where = torch.as_tensor(list(index), device=self.anchor.device, dtype=torch.long)
+
+        def pick(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[where]
+
+        return TokenMap(
+            self.anchor[where],
+            tuple(self.lengths[i] for i in index),
+            self.num_tokens,
+            *(pick(part) for part in (self.source, self.slot, self.weight, self.mass)),
+        )
+
+    def _mass(self) -> Float[Tensor, "B E"]:
+        if self.mass is not None:
+            return self.mass
+        if self.source is None or self.slot is None:
+            return (self.anchor >= 0).float()
+        real = (self.slot >= 0).float()
+        degree = real.new_zeros(real.shape[0], self.num_tokens).scatter_add(1, self.source.clamp(min=0), real)
+        return real / degree.gather(1, self.source.clamp(min=0)).clamp(min=1)
+
+
+def _gather(x: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+    return x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _follow(table: Int[Tensor, "B K"], index: Int[Tensor, "B J"]) -> Int[Tensor, "B J"]:
+    """`table[index]` where index is valid, -1 elsewhere."""
+    return table.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
+
+
+def _sparse(a: TokenMap, values: Tensor | None, size: tuple[int, int]) -> Tensor:
+    assert a.source is not None and a.slot is not None and values is not None
+    batch = a.anchor.shape[0]
+    group = torch.arange(batch, device=a.anchor.device)[:, None]
+    real = a.slot >= 0
+    row = (group * (size[0] // batch) + a.slot)[real]
+    column = (group * (size[1] // batch) + a.source)[real]
+    return torch.sparse_coo_tensor(torch.stack([row, column]), values.float()[real], size)

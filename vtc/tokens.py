@@ -1,0 +1,205 @@
+"""What a stage sees: a batch of groups of visual tokens, and the budget for each group.
+
+A *group* is what the budget counts: an image, a tile, a frame, a video, or all visual tokens of a sample. Groups of
+different length are padded on the right; the lengths are host integers, so nothing here waits for the device.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vtc.errors import BudgetError, InputError, SignalUnavailableError
+
+PER = ("image", "tile", "frame", "video", "sample")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens remain, and what that number counts.
+
+    Args:
+        tokens: tokens that remain in each `per`; exactly one of `tokens` and `ratio` is given.
+        ratio: share that is *kept*, in (0, 1]; the count is Python's `round(ratio * N)`, at least 1.
+        per: the unit that the number counts: "image", "tile", "frame", "video" or "sample".
+
+    Raises:
+        BudgetError: neither or both numbers, a number out of range, or float and int mixed up.
+
+    Example:
+        >>> Budget(tokens=64).resolve((576, 40))
+        (64, 40)
+        >>> Budget(ratio=0.5).resolve((81,))
+        (40,)
+    """
+
+    tokens: int | None = None
+    ratio: float | None = None
+    per: str = "image"
+
+    def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.ratio is None):
+            raise BudgetError(
+                f"Budget(tokens={self.tokens}, ratio={self.ratio}): give exactly one, e.g. Budget(tokens=64)."
+            )
+        if self.tokens is not None:
+            if isinstance(self.tokens, bool) or not isinstance(self.tokens, int):
+                raise BudgetError(f"budget tokens={self.tokens!r} is not an integer. Use tokens=64, or ratio=0.11.")
+            if self.tokens < 1:
+                raise BudgetError(f"budget tokens={self.tokens}: at least 1 token must stay. Use tokens >= 1.")
+        if self.ratio is not None:
+            if isinstance(self.ratio, bool) or not isinstance(self.ratio, float):
+                raise BudgetError(f"budget ratio={self.ratio!r} is not a float. Use ratio=0.25, or tokens=64.")
+            if not 0.0 < self.ratio <= 1.0:
+                raise BudgetError(
+                    f"budget ratio={self.ratio}: the share of tokens kept must be in (0, 1]. For a count use an integer."
+                )
+        if self.per not in PER:
+            raise BudgetError(f"budget per={self.per!r} is unknown. Use one of: {', '.join(PER)}.")
+
+    @classmethod
+    def of(cls, value: "int | float | str | Budget", per: str = "image") -> "Budget":
+        """A budget from `64` (tokens), `0.25` (share kept), `"64"`, `"0.25"`, `"25%"` or a Budget.
+
+        Example:
+            >>> Budget.of("25%")
+            Budget(tokens=None, ratio=0.25, per='image')
+        """
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, str):
+            text = value.strip()
+            try:
+                if text.endswith("%"):
+                    return cls(ratio=float(text[:-1]) / 100.0, per=per)
+                return cls(tokens=int(text), per=per) if text.lstrip("+-").isdigit() else cls(ratio=float(text), per=per)
+            except ValueError as error:
+                if isinstance(error, BudgetError):
+                    raise
+                raise BudgetError(f"budget {value!r} is not a number. Use 64, 0.25 or '25%'.") from None
+        if isinstance(value, float):
+            return cls(ratio=value, per=per)
+        return cls(tokens=value, per=per)
+
+    def resolve(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that stay in each group of `lengths` tokens; never more than the group has."""
+        if self.tokens is not None:
+            return tuple(min(self.tokens, n) for n in lengths)
+        assert self.ratio is not None
+        return tuple(min(n, max(1, round(self.ratio * n))) for n in lengths)
+
+    def __str__(self) -> str:
+        return str(self.tokens) if self.tokens is not None else str(self.ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where each token of a group lies on its image or video.
+
+    Args:
+        row, col: int64 [B, N], place on the grid of the token's segment; -1 for separators and padding.
+        segment: int64 [B, N], tile or frame number within the group, counted from 0.
+        grids: for each group, the (height, width) of each of its segments, as host integers.
+    """
+
+    row: Int[Tensor, "B N"]
+    col: Int[Tensor, "B N"]
+    segment: Int[Tensor, "B N"]
+    grids: tuple[tuple[tuple[int, int], ...], ...]
+
+    @classmethod
+    def grid(cls, height: int, width: int, groups: int = 1, segments: int = 1, device: object = None) -> "Layout":
+        """`groups` equal groups, each of `segments` full raster grids of `height` x `width` tokens."""
+        index = torch.arange(segments * height * width, device=device)  # type: ignore[call-overload]
+        place = index % (height * width)
+        parts = [place // width, place % width, index // (height * width)]
+        row, col, segment = (part.expand(groups, -1) for part in parts)
+        return cls(row, col, segment, (((height, width),) * segments,) * groups)
+
+    def take(self, index: Int[Tensor, "B K"]) -> "Layout":
+        """The layout of the tokens `index` (-1 stays -1)."""
+        missing = index < 0
+        parts = (part.gather(1, index.clamp(min=0)).masked_fill(missing, -1) for part in self._parts())
+        return Layout(*parts, grids=self.grids)
+
+    def groups(self, index: Sequence[int]) -> "Layout":
+        """The layout of the groups `index`, in that order."""
+        where = torch.as_tensor(index, device=self.row.device)
+        return Layout(*(part[where] for part in self._parts()), grids=tuple(self.grids[i] for i in index))
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same layout on `device`."""
+        return Layout(*(part.to(device) for part in self._parts()), grids=self.grids)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.row, self.col, self.segment
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of groups of visual tokens with the signals that a stage declared.
+
+    Args:
+        x: [B, N, D] features at the stage's site, valid tokens first, padding after them.
+        lengths: valid tokens of each group.
+        layout: places on the grid, where the host has one.
+        signals: name -> tensor, batch first, padded like `x`.
+        num_prefix: leading tokens of `x` that are no visual token of the LLM (a [CLS]); they may be merged into
+            others or take the place of a dropped token, and are not counted by `lengths`.
+        budget: tokens that remain in each group (adaptive methods: at most).
+
+    Raises:
+        InputError: shapes that do not fit each other.
+    """
+
+    x: Float[Tensor, "B N D"]
+    lengths: tuple[int, ...]
+    layout: Layout | None = None
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    num_prefix: int = 0
+    budget: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.x.dim() != 3 or len(self.lengths) != self.x.shape[0]:
+            raise InputError(f"tokens of shape {tuple(self.x.shape)} do not fit {len(self.lengths)} groups [B, N, D].")
+        if self.lengths and max(self.lengths) + self.num_prefix != self.x.shape[1]:
+            raise InputError(
+                f"the longest group has {max(self.lengths)} tokens (+{self.num_prefix} prefix), x has {self.x.shape[1]}."
+            )
+
+    @classmethod
+    def of(
+        cls, x: Float[Tensor, "B N D"], budget: int, layout: Layout | None = None, num_prefix: int = 0, **signals: Tensor
+    ) -> "Tokens":
+        """Equal groups of which `budget` tokens remain, as tests and notebooks need them."""
+        batch, length = x.shape[0], x.shape[1] - num_prefix
+        return cls(x, (length,) * batch, layout, signals, num_prefix, (budget,) * batch)
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "B N"]:
+        """True where `x` holds a valid token (prefix included)."""
+        ends = torch.tensor(self.ends, device=self.x.device)
+        return torch.arange(self.x.shape[1], device=self.x.device) < ends[:, None]
+
+    @property
+    def is_padded(self) -> bool:
+        return len(set(self.lengths)) > 1
+
+    def signal(self, name: str) -> Tensor:
+        """The captured signal `name`.
+
+        Raises:
+            SignalUnavailableError: the stage did not declare it, or a caller built the tokens without it.
+        """
+        if name not in self.signals:
+            have = ", ".join(sorted(self.signals)) or "none"
+            raise SignalUnavailableError(f"signal {name!r} was not captured (captured: {have}). Declare it in the stage.")
+        return self.signals[name]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Valid rows of `x` in each group, prefix included."""
+        return tuple(n + self.num_prefix for n in self.lengths)
