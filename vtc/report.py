@@ -60,7 +60,7 @@ class Report:
         return {**data, "after_last_cut": self.after_last_cut, "layer_average": self.layer_average}
 
     def __str__(self) -> str:
-        def span(values: tuple[float, ...]) -> str:
+        def span(values: tuple[float | int, ...]) -> str:
             low, high = min(values), max(values)
             return f"{low:g}" if low == high else f"{low:g}..{high:g}"
 

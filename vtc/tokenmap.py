@@ -103,29 +103,40 @@ class TokenMap:
         return self._product(after, anchor)
 
     def _product(self, after: "TokenMap", anchor: Int[Tensor, "B K"]) -> "TokenMap":
-        """The sparse product; the only place that counts edges, and so waits for the device."""
-        batch, slots, tokens, middle = len(self.lengths), anchor.shape[1], self.num_tokens, self.anchor.shape[1]
-        parts = []
-        for first, second in ((self.weight, after.weight), (self._mass(), after._mass())):
-            left = _sparse(after, second, (batch * slots, batch * middle))
-            right = _sparse(self, first, (batch * middle, batch * tokens))
-            parts.append(torch.sparse.mm(left, right).coalesce())
-        weights, masses = parts
-        if not torch.equal(weights.indices(), masses.indices()):  # a zero weight that carries mass, or the reverse
-            zero = torch.sparse_coo_tensor(masses.indices(), masses.values() * 0, masses.shape)
-            weights = (weights + zero).coalesce()
-            zero = torch.sparse_coo_tensor(weights.indices(), weights.values() * 0, weights.shape)
-            masses = (masses + zero).coalesce()
-        row, column = weights.indices()
-        group = row // slots
-        counts = torch.bincount(group, minlength=batch)
-        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[group]
-        size = (batch, int(counts.max()) if len(row) else 0)
-        source = row.new_zeros(size).index_put((group, place), column % tokens)
-        slot = row.new_full(size, -1).index_put((group, place), row % slots)
-        weight = weights.values().new_zeros(size).index_put((group, place), weights.values())
-        mass = masses.values().new_zeros(size).index_put((group, place), masses.values())
-        return TokenMap(anchor, after.lengths, tokens, source, slot, weight, mass)
+        """Every path token -> slot -> slot as an edge; the only place that asks the device for a count."""
+        assert self.source is not None and self.slot is not None and self.weight is not None
+        assert after.source is not None and after.slot is not None and after.weight is not None
+        middle = self.anchor.shape[1]
+        source = after.source.masked_fill(after.slot < 0, middle)
+        source, order = source.sort(dim=1, stable=True)
+        edge = torch.arange(source.shape[1], device=source.device)
+        starts = (source[:, 1:] != source[:, :-1]).int()
+        first = torch.cat([torch.zeros_like(starts[:, :1]), starts], dim=1) * edge
+        rank = edge - first.cummax(dim=1).values
+        paths = int(rank.masked_fill(source == middle, 0).max()) + 1
+        rank = rank.clamp(max=paths - 1)
+        place = source * paths + rank  # edges of the padding land behind the last slot
+
+        def table(values: Tensor, empty: int) -> Tensor:
+            full = values.new_full((len(self.lengths), (middle + 1) * paths), empty)
+            full = full.scatter(1, place, values.gather(1, order))[:, : middle * paths]
+            reached = full.view(-1, middle, paths)
+            index = self.slot.clamp(min=0)[..., None].expand(-1, -1, paths)  # type: ignore[union-attr]
+            return reached.gather(1, index).flatten(1)
+
+        def repeat(values: Tensor) -> Tensor:
+            return values.repeat_interleave(paths, dim=1)
+
+        slot = table(after.slot, -1).masked_fill(repeat(self.slot) < 0, -1)
+        return TokenMap(
+            anchor,
+            after.lengths,
+            self.num_tokens,
+            repeat(self.source),
+            slot,
+            repeat(self.weight) * table(after.weight, 0),
+            repeat(self._mass()) * table(after._mass(), 0),
+        )
 
     def sizes(self) -> Float[Tensor, "B K"]:
         """How many input tokens each slot stands for (fractions where a token was split over slots)."""
@@ -200,12 +211,3 @@ def _follow(table: Int[Tensor, "B K"], index: Int[Tensor, "B J"]) -> Int[Tensor,
     """`table[index]` where index is valid, -1 elsewhere."""
     return table.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
 
-
-def _sparse(a: TokenMap, values: Tensor | None, size: tuple[int, int]) -> Tensor:
-    assert a.source is not None and a.slot is not None and values is not None
-    batch = a.anchor.shape[0]
-    group = torch.arange(batch, device=a.anchor.device)[:, None]
-    real = a.slot >= 0
-    row = (group * (size[0] // batch) + a.slot)[real]
-    column = (group * (size[1] // batch) + a.source)[real]
-    return torch.sparse_coo_tensor(torch.stack([row, column]), values.float()[real], size)

@@ -27,10 +27,10 @@ Undo = Callable[[], None]
 Record = Callable[[Forward], None]
 
 
-def attach(adapter: Adapter, plan: Plan, record: Record) -> list[Undo]:
-    """Hook the inner model and the language model; returns what takes the hooks off again."""
+def attach(adapter: Adapter, plan: Plan, record: Record, undo: list[Undo]) -> None:
+    """Hook the inner model and the language model; what takes the hooks off again goes to `undo`."""
     inner, lm = adapter.inner, adapter.language_model
-    return [
+    undo += [
         inner.register_forward_pre_hook(functools.partial(_enter, adapter, plan), with_kwargs=True).remove,
         # always_call: also when the forward raised, so that no state survives it
         inner.register_forward_hook(_leave, always_call=True).remove,
@@ -101,10 +101,10 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
     if not state.encoded and state.memory is None:
         return None
     check_cache(cache)
-    if module.training and getattr(module, "gradient_checkpointing", False):
+    if module.training and getattr(adapter.layers[0], "gradient_checkpointing", False):
         raise UnsupportedFeatureError(
             "gradient checkpointing runs layers twice, the second time without the state of this forward. "
-            "Call model.gradient_checkpointing_disable()."
+            "Turn it off while the model is patched."
         )
     state.held = held_length(cache) if cache is not None else 0
     if state.memory is not None:

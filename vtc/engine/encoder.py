@@ -26,11 +26,10 @@ from vtc.tokens import Layout, Tokens
 Undo = Callable[[], None]
 
 
-def attach(adapter: Adapter, plan: Plan) -> list[Undo]:
-    """Wrap the encoders of the model; returns what takes it off again."""
-    undo: list[Undo] = []
+def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
+    """Wrap the encoders of the model; what takes it off again goes to `undo`, step by step."""
     for encoder in adapter.encoders:
-        undo += _wrap(adapter, plan, encoder)
+        undo.append(_wrap(adapter, plan, encoder))
         steps = plan.at("tower_out")
         if not steps:
             continue
@@ -45,10 +44,9 @@ def attach(adapter: Adapter, plan: Plan) -> list[Undo]:
         features = functools.partial(_compress_features, adapter, plan, encoder)
         undo.append(encoder.features.register_forward_pre_hook(features).remove)
         undo.append(encoder.features.register_forward_hook(functools.partial(_restore_grid, encoder)).remove)
-    return undo
 
 
-def _wrap(adapter: Adapter, plan: Plan, encoder: Encoder) -> list[Undo]:
+def _wrap(adapter: Adapter, plan: Plan, encoder: Encoder) -> Undo:
     inner = adapter.inner
     had = encoder.method in vars(inner)
     original = getattr(inner, encoder.method)
@@ -81,7 +79,7 @@ def _wrap(adapter: Adapter, plan: Plan, encoder: Encoder) -> list[Undo]:
         else:
             delattr(inner, encoder.method)
 
-    return [undo]
+    return undo
 
 
 def _capture(module: nn.Module, encoder: Encoder, name: str) -> Undo:

@@ -35,8 +35,8 @@ def patch(
         model: a loaded `...ForConditionalGeneration` of a supported family.
         spec: a spec string ("visionzip:64", "fastervlm:128 + dart@2:64"), a method, or several methods.
         budget: tokens (int), share kept (float) or a Budget, for methods that have none of their own.
-        positions: "original" (position ids of the uncompressed prompt), "compact" (closed up), or "auto": what the
-            first method's paper uses.
+        positions: "original" (position ids of the uncompressed prompt), "compact" (gaps of tokens dropped before the
+            LLM are closed; tokens dropped inside it keep theirs), or "auto": what the first method's paper uses.
         size_bias: add log(size) of merged tokens to their attention logits.
 
     Returns:
@@ -49,6 +49,7 @@ def patch(
 
     Nothing has changed when an error is raised.
     """
+    _check_model(model)
     active = _ACTIVE.get(model)
     if active is not None:
         raise StateError(
@@ -132,9 +133,9 @@ class Handle:
         if model is None:
             raise StateError("the patched model no longer exists.")
         try:
-            self._undo += encoder.attach(self._adapter, self._plan)
-            self._undo += layers.attach(self._adapter, self._plan)
-            self._undo += door.attach(self._adapter, self._plan, self._record)
+            encoder.attach(self._adapter, self._plan, self._undo)
+            layers.attach(self._adapter, self._plan, self._undo)
+            door.attach(self._adapter, self._plan, self._record, self._undo)
         except BaseException:
             self._uninstall()
             raise

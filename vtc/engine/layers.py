@@ -27,11 +27,14 @@ Undo = Callable[[], None]
 ATTENTION_SIGNALS = ("query_attention", "keys", "text_keys")
 
 
-def attach(adapter: Adapter, plan: Plan) -> list[Undo]:
-    """Hook the decoder layers that a stage acts on or after; returns what takes the hooks off again."""
+def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
+    """Hook the decoder layers that a stage acts on or after; what takes the hooks off again goes to `undo`."""
     if not plan.layers:
-        return []
-    undo: list[Undo] = []
+        return
+    for index in range(plan.layers[0], len(adapter.layers)):
+        hook = functools.partial(_enter_layer, adapter, plan, index)
+        undo.append(adapter.layers[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
+    # after the hooks above, so that what is captured is already cut
     sources = {
         _source(index, signal)
         for index in plan.layers
@@ -47,10 +50,6 @@ def attach(adapter: Adapter, plan: Plan) -> list[Undo]:
             .register_forward_pre_hook(functools.partial(_capture_rotation, index), with_kwargs=True)
             .remove,
         ]
-    for index in range(plan.layers[0], len(adapter.layers)):
-        hook = functools.partial(_enter_layer, adapter, plan, index)
-        undo.append(adapter.layers[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
-    return undo
 
 
 def rotate(x: Float[Tensor, "B H L d"], cos: Float[Tensor, "B L d"], sin: Float[Tensor, "B L d"]) -> Tensor:

@@ -22,7 +22,10 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The steps of all methods in the order of their sites, and how positions and sizes are treated."""
+    """The steps of all methods in the order of their sites, and how positions and sizes are treated.
+
+    Compared by identity: caches and encoded features remember under which plan they were made.
+    """
 
     methods: tuple[Method, ...]
     steps: tuple[Step, ...]
@@ -32,6 +35,9 @@ class Plan:
     def at(self, site: str, index: int | None = None) -> tuple[Step, ...]:
         """The steps at one site."""
         return tuple(s for s in self.steps if s.stage.site.name == site and s.stage.site.index == index)
+
+    def __deepcopy__(self, memo: object) -> "Plan":
+        return self  # immutable, and a copied cache still belongs to it
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -61,11 +67,6 @@ def make_plan(adapter: Adapter, methods: tuple[Method, ...], positions: str, siz
     for step in steps:
         _check(adapter, step)
     plan = Plan(methods, tuple(steps), positions, size_bias)
-    if plan.layers and positions == "compact":
-        raise UnsupportedFeatureError(
-            f"positions='compact' with {steps[-1]}: tokens dropped inside the LLM keep their rotary positions. "
-            "Use positions='original'."
-        )
     if size_bias and plan.layers:
         raise UnsupportedFeatureError(
             "size_bias=True works for tokens merged before the LLM; it is not carried through layer[k] stages. "

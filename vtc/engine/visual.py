@@ -141,7 +141,7 @@ class Visual:
 
     def tokens(
         self,
-        x: Float[Tensor, "B S D"],
+        x: Float[Tensor, "B R D"],
         budget: Budget,
         signals: Mapping[str, Tensor],
         row_of: Int[Tensor, "B S"] | None = None,
@@ -150,13 +150,13 @@ class Visual:
         wanted = budgets(budget, self.origin, self.lengths, self.layout, self.sample)
         return Tokens(self.gather(x, row_of), self.lengths, self.layout, signals, budget=wanted)
 
-    def gather(self, x: Float[Tensor, "B S D"], row_of: Int[Tensor, "B S"] | None = None) -> Float[Tensor, "G N D"]:
+    def gather(self, x: Float[Tensor, "B R D"], row_of: Int[Tensor, "B S"] | None = None) -> Float[Tensor, "G N D"]:
         """The features of the surviving tokens; `row_of` translates columns to rows of a shortened `x`."""
         return x[self.sample_index[:, None], self.rows(row_of).clamp(min=0)]
 
     def scatter(
-        self, x: Float[Tensor, "B S D"], values: Float[Tensor, "G N D"], row_of: Int[Tensor, "B S"] | None = None
-    ) -> Float[Tensor, "B S D"]:
+        self, x: Float[Tensor, "B R D"], values: Float[Tensor, "G N D"], row_of: Int[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B R D"]:
         """`x` with the features of the surviving tokens replaced by `values` (a new tensor)."""
         rows = self.rows(row_of)
         extra = torch.where(rows < 0, x.shape[1], rows)  # padding lands in an extra row

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from vtc.adapter import adapter_for
 
+Visible = Callable[[int], Tensor]
+
 
 def masked_logits(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    visible: Callable[[int], Tensor],
+    visible: Visible,
     *,
     replace: tuple[Tensor, Tensor] | None = None,
     position_ids: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Logits [B, S, V] of the stock model in which layer l may look at the columns `visible(l)` ([B, S] bool) only.
 
@@ -28,6 +31,7 @@ def masked_logits(
         replace: (is_replaced [B, S], values [R, D]) rows of the LLM's input that are overwritten first, for maps
             that merge.
         position_ids: [B, S]; None: counted over the attention mask.
+        key_bias: [B, S] added to the attention logits of each key.
     """
     adapter = adapter_for(model)
     lm = adapter.language_model
@@ -43,9 +47,10 @@ def masked_logits(
     def mask(layer: int) -> Tensor:
         # a row may always look at itself, so that rows of dropped tokens stay finite; they are not compared
         allowed = causal & (padding & visible(layer))[:, None, None, :] | torch.eye(length, dtype=torch.bool)
-        if not eager:
+        if not eager and key_bias is None:
             return allowed
-        return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+        bias = 0.0 if key_bias is None else key_bias[:, None, None, :].to(dtype)
+        return (torch.zeros(allowed.shape, dtype=dtype) + bias).masked_fill(~allowed, torch.finfo(dtype).min)
 
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "attention_mask": mask(0), "position_ids": position_ids}
@@ -69,6 +74,19 @@ def masked_logits(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def visible_columns(cache: Any, length: int, dense: int = 0) -> Visible:
+    """What the layers of a compressed `cache` hold of a prompt of `length` columns, and of `dense` later ones."""
+    memory = cache._vtc
+
+    def visible(layer: int) -> Tensor:
+        column = memory.layers[layer].column
+        seen = torch.zeros(column.shape[0], length + 1, dtype=torch.bool)
+        seen[torch.arange(column.shape[0])[:, None], torch.where(column < 0, length, column)] = True
+        return torch.cat([seen[:, :length], torch.ones(column.shape[0], dense, dtype=torch.bool)], dim=1)
+
+    return visible
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
