@@ -97,9 +97,8 @@ class TokenMap:
             # padding of `after` was scattered to slot 0: put the true value back where slot 0 survived
             first = (after.anchor == 0).long()
             moved[:, 0] = torch.where(first.any(1), first.argmax(1), -1)
-            return TokenMap(
-                anchor, after.lengths, self.num_tokens, self.source, _follow(moved, self.slot), self.weight, self.mass
-            )
+            slot = _follow(moved, self.slot)
+            return TokenMap(anchor, after.lengths, self.num_tokens, self.source, slot, self.weight, self._mass())
         return self._product(after, anchor)
 
     def _product(self, after: "TokenMap", anchor: Int[Tensor, "B K"]) -> "TokenMap":
@@ -110,10 +109,9 @@ class TokenMap:
         source = after.source.masked_fill(after.slot < 0, middle)
         source, order = source.sort(dim=1, stable=True)
         edge = torch.arange(source.shape[1], device=source.device)
-        starts = (source[:, 1:] != source[:, :-1]).int()
-        first = torch.cat([torch.zeros_like(starts[:, :1]), starts], dim=1) * edge
-        rank = edge - first.cummax(dim=1).values
-        paths = int(rank.masked_fill(source == middle, 0).max()) + 1
+        starts = torch.nn.functional.pad((source[:, 1:] != source[:, :-1]).long(), (1, 0))
+        rank = edge - (starts * edge).cummax(dim=1).values
+        paths = 1 + int(rank.masked_fill(source == middle, 0).max()) if rank.numel() else 1
         rank = rank.clamp(max=paths - 1)
         place = source * paths + rank  # edges of the padding land behind the last slot
 

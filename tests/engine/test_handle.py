@@ -136,6 +136,6 @@ def test_the_report_counts_what_the_cache_holds(sdpa_llava):
     assert set(report.selection_ms) == {"tower_out", "llm_in", "layer[2]"}
     assert report.token_map.lengths == (4,)
     text = str(report)
-    assert "fastervlm:9 + fastv@2:4 on llava" in text
+    assert "fastervlm:9 + fastv:4 on llava" in text
     assert "16" in text
     assert report.to_dict()["layer_average"] == (6.5,)
