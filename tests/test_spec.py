@@ -17,7 +17,9 @@ def random_methods(draw):
     options = {}
     if draw(st.booleans()):
         options["budget"] = draw(
-            st.one_of(st.integers(1, 999), st.sampled_from([0.5, 0.25, 0.111]), st.just(vtc.Budget(tokens=5, per="tile")))
+            st.one_of(
+                st.integers(1, 999), st.sampled_from([0.5, 0.25, 0.111]), st.just(vtc.Budget(tokens=5, per="tile"))
+            )
         )
     if slug in ("fastv", "dart") and draw(st.booleans()):
         options["layer"] = draw(st.integers(1, 30))
@@ -58,7 +60,9 @@ def test_budgets_with_units():
         vtc.parse("random(per=tile)")
 
 
-@pytest.mark.parametrize("text", ["random:6 +", "random((seed=1)", "random(seed)", "random(seed=1, seed=2)", "6:random"])
+@pytest.mark.parametrize(
+    "text", ["random:6 +", "random((seed=1)", "random(seed)", "random(seed=1, seed=2)", "6:random"]
+)
 def test_strings_that_do_not_parse(text):
     with pytest.raises(SpecError):
         vtc.parse(text)

@@ -1,11 +1,12 @@
 """vtc: training-free visual-token compression for vision-language models.
 
-    handle = vtc.patch(model, "visionzip", budget=64)      # model.generate(...) as before
-    print(handle.report)
-    handle.remove()
+handle = vtc.patch(model, "visionzip", budget=64)      # model.generate(...) as before
+print(handle.report)
+handle.remove()
 """
 
 from vtc import methods as _methods  # registers every method
+from vtc._version import __version__
 from vtc.engine import Handle, compress, patch
 from vtc.errors import VTCError
 from vtc.registry import create, describe, from_dict, methods, register
@@ -15,7 +16,6 @@ from vtc.stages import Links, Method, Paper, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout, Tokens
 
-from vtc._version import __version__
 __all__ = [
     "Budget",
     "Handle",
@@ -30,6 +30,7 @@ __all__ = [
     "TokenMap",
     "Tokens",
     "VTCError",
+    "__version__",
     "compress",
     "create",
     "describe",

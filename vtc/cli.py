@@ -12,6 +12,7 @@ from rich.table import Table
 from vtc.adapter import adapter_classes
 from vtc.errors import VTCError
 from vtc.registry import describe, methods
+from vtc.tables import methods_table, models_table
 
 #: modules whose import adds commands to `app`; named, not imported, so that the core does not depend on them
 COMMAND_MODULES = ("vtc.eval.cli",)
@@ -25,26 +26,35 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the Markdown table of the documentation.")]
 
 
 @app.command("methods")
-def list_methods(as_json: Json = False) -> None:
+def list_methods(as_json: Json = False, as_markdown: Markdown = False) -> None:
     """List every method: where it acts, what it reads, how faithful it is."""
+    if as_markdown:
+        typer.echo(methods_table())
+        return
     rows = [describe(slug) for slug in methods()]
     if as_json:
         print_json(rows)
         return
-    table = Table("method", "sites", "filter", "correlate", "compress", "fidelity", "arXiv", title="Methods")
+    table = Table("method", "sites", "what it does", "fidelity", "arXiv", title="Methods")
+    for column in (0, 1, 3, 4):
+        table.columns[column].no_wrap = True
     for row in rows:
-        steps = (row["filter"], row["correlate"], row["compress"])
-        table.add_row(row["method"], " ".join(row["sites"]), *steps, row["fidelity"], row["arxiv"] or "")
+        steps = " / ".join(row[step] for step in ("filter", "correlate", "compress") if row[step] != "none")
+        table.add_row(row["method"], " ".join(row["sites"]), steps, row["fidelity"], row["arxiv"] or "")
     Console().print(table)
 
 
 @app.command("models")
-def list_models(as_json: Json = False) -> None:
+def list_models(as_json: Json = False, as_markdown: Markdown = False) -> None:
     """List the model families that can be patched."""
-    rows = [
+    if as_markdown:
+        typer.echo(models_table())
+        return
+    rows: list[dict[str, Any]] = [
         {"family": cls.family, "model_types": list(cls.model_types), "checkpoints": list(cls.checkpoints)}
         for cls in adapter_classes()
     ]

@@ -53,9 +53,7 @@ class TokenMap:
             raise InputError("source, slot and weight come together, or none of them.")
 
     @classmethod
-    def select(
-        cls, keep: Int[Tensor, "B K"], num_tokens: int, lengths: Sequence[int] | None = None
-    ) -> "TokenMap":
+    def select(cls, keep: Int[Tensor, "B K"], num_tokens: int, lengths: Sequence[int] | None = None) -> "TokenMap":
         """Keep the tokens `keep` (padding -1 last) and drop the rest."""
         return cls(keep, tuple(lengths) if lengths is not None else (keep.shape[1],) * keep.shape[0], num_tokens)
 
@@ -98,7 +96,7 @@ class TokenMap:
             first = (after.anchor == 0).long()
             moved[:, 0] = torch.where(first.any(1), first.argmax(1), -1)
             slot = _follow(moved, self.slot)
-            return TokenMap(anchor, after.lengths, self.num_tokens, self.source, slot, self.weight, self._mass())
+            return TokenMap(anchor, after.lengths, self.num_tokens, self.source, slot, self.weight, self.masses())
         return self._product(after, anchor)
 
     def _product(self, after: "TokenMap", anchor: Int[Tensor, "B K"]) -> "TokenMap":
@@ -133,14 +131,14 @@ class TokenMap:
             repeat(self.source),
             slot,
             repeat(self.weight) * table(after.weight, 0),
-            repeat(self._mass()) * table(after._mass(), 0),
+            repeat(self.masses()) * table(after.masses(), 0),
         )
 
     def sizes(self) -> Float[Tensor, "B K"]:
         """How many input tokens each slot stands for (fractions where a token was split over slots)."""
         if self.slot is None:
             return (self.anchor >= 0).float()
-        mass = self._mass()
+        mass = self.masses()
         sizes = mass.new_zeros(*self.anchor.shape[:1], self.anchor.shape[1] + 1)
         return sizes.scatter_add(1, self.slot + 1, mass)[:, 1:]  # column 0 collects the padding
 
@@ -158,7 +156,7 @@ class TokenMap:
             index = torch.arange(slots, device=self.anchor.device).expand_as(self.anchor)
             slot, source, value = torch.where(self.anchor < 0, -1, index), self.anchor, torch.ones_like(index).float()
         else:
-            slot, source, value = self.slot, self.source, self._mass() if mass else self.weight.float()
+            slot, source, value = self.slot, self.source, self.masses() if mass else self.weight.float()
         return dense.index_put((rows, slot + 1, source.clamp(min=0)), value, accumulate=True)[:, 1:]
 
     def raster(self) -> "TokenMap":
@@ -191,7 +189,8 @@ class TokenMap:
             *(pick(part) for part in (self.source, self.slot, self.weight, self.mass)),
         )
 
-    def _mass(self) -> Float[Tensor, "B E"]:
+    def masses(self) -> Float[Tensor, "B E"]:
+        """The share of its token that each edge carries."""
         if self.mass is not None:
             return self.mass
         if self.source is None or self.slot is None:
@@ -208,4 +207,3 @@ def _gather(x: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Float[Tenso
 def _follow(table: Int[Tensor, "B K"], index: Int[Tensor, "B J"]) -> Int[Tensor, "B J"]:
     """`table[index]` where index is valid, -1 elsewhere."""
     return table.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
-

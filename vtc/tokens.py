@@ -4,8 +4,8 @@ A *group* is what the budget counts: an image, a tile, a frame, a video, or all 
 different length are padded on the right; the lengths are host integers, so nothing here waits for the device.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -55,7 +55,7 @@ class Budget:
                 raise BudgetError(f"budget ratio={self.ratio!r} is not a float. Use ratio=0.25, or tokens=64.")
             if not 0.0 < self.ratio <= 1.0:
                 raise BudgetError(
-                    f"budget ratio={self.ratio}: the share of tokens kept must be in (0, 1]. For a count use an integer."
+                    f"budget ratio={self.ratio}: the share kept must be in (0, 1]. For a count use an integer."
                 )
         if self.per not in PER:
             raise BudgetError(f"budget per={self.per!r} is unknown. Use one of: {', '.join(PER)}.")
@@ -75,7 +75,9 @@ class Budget:
             try:
                 if text.endswith("%"):
                     return cls(ratio=float(text[:-1]) / 100.0, per=per)
-                return cls(tokens=int(text), per=per) if text.lstrip("+-").isdigit() else cls(ratio=float(text), per=per)
+                return (
+                    cls(tokens=int(text), per=per) if text.lstrip("+-").isdigit() else cls(ratio=float(text), per=per)
+                )
             except ValueError as error:
                 if isinstance(error, BudgetError):
                     raise
@@ -122,20 +124,20 @@ class Layout:
     def take(self, index: Int[Tensor, "B K"]) -> "Layout":
         """The layout of the tokens `index` (-1 stays -1)."""
         missing = index < 0
-        parts = (part.gather(1, index.clamp(min=0)).masked_fill(missing, -1) for part in self._parts())
-        return Layout(*parts, grids=self.grids)
+        return self.map(lambda part: part.gather(1, index.clamp(min=0)).masked_fill(missing, -1))
 
     def groups(self, index: Sequence[int]) -> "Layout":
         """The layout of the groups `index`, in that order."""
         where = torch.as_tensor(index, device=self.row.device)
-        return Layout(*(part[where] for part in self._parts()), grids=tuple(self.grids[i] for i in index))
+        return replace(self.map(lambda part: part[where]), grids=tuple(self.grids[i] for i in index))
 
     def to(self, device: torch.device) -> "Layout":
         """The same layout on `device`."""
-        return Layout(*(part.to(device) for part in self._parts()), grids=self.grids)
+        return self.map(lambda part: part.to(device))
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.row, self.col, self.segment
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Layout":
+        """The layout after `function` on each of row, col and segment."""
+        return Layout(function(self.row), function(self.col), function(self.segment), self.grids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +169,17 @@ class Tokens:
             raise InputError(f"tokens of shape {tuple(self.x.shape)} do not fit {len(self.lengths)} groups [B, N, D].")
         if self.lengths and max(self.lengths) + self.num_prefix != self.x.shape[1]:
             raise InputError(
-                f"the longest group has {max(self.lengths)} tokens (+{self.num_prefix} prefix), x has {self.x.shape[1]}."
+                f"the longest group has {max(self.lengths)} tokens (+{self.num_prefix} prefix), x {self.x.shape[1]}."
             )
 
     @classmethod
     def of(
-        cls, x: Float[Tensor, "B N D"], budget: int, layout: Layout | None = None, num_prefix: int = 0, **signals: Tensor
+        cls,
+        x: Float[Tensor, "B N D"],
+        budget: int,
+        layout: Layout | None = None,
+        num_prefix: int = 0,
+        **signals: Tensor,
     ) -> "Tokens":
         """Equal groups of which `budget` tokens remain, as tests and notebooks need them."""
         batch, length = x.shape[0], x.shape[1] - num_prefix
@@ -196,7 +203,9 @@ class Tokens:
         """
         if name not in self.signals:
             have = ", ".join(sorted(self.signals)) or "none"
-            raise SignalUnavailableError(f"signal {name!r} was not captured (captured: {have}). Declare it in the stage.")
+            raise SignalUnavailableError(
+                f"signal {name!r} was not captured (captured: {have}). Declare it in the stage."
+            )
         return self.signals[name]
 
     @property

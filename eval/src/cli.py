@@ -24,7 +24,9 @@ def run_command(
     budget: Annotated[
         str | None, typer.Option(help="Visual tokens that stay: 64, or a share such as 0.11 or 11%.")
     ] = "64",
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of a checkpoint. None: the embedded model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a checkpoint. None: the embedded model.")
+    ] = None,
     positions: Annotated[str, typer.Option(help="Position ids: original, compact or auto.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... None: a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
@@ -32,7 +34,9 @@ def run_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs for the time to first token.")] = 7,
     seed: Annotated[int, typer.Option(help="Seed of the drawn scene.")] = 0,
-    overlay: Annotated[Path, typer.Option(help="Where to write the picture of the token map.")] = Path("vtc-overlay.png"),
+    overlay: Annotated[Path, typer.Option(help="Where to write the picture of the token map.")] = Path(
+        "vtc-overlay.png"
+    ),
     as_json: Json = False,
 ) -> None:
     """Ask a model about an image with all visual tokens and with a budget, and compare."""
@@ -68,7 +72,7 @@ def _show(result: RunResult) -> None:
     report, console = result.report, Console()
     console.print(f"[bold]{result.question}[/]" + (f"  (true answer: {result.expected})" if result.expected else ""))
     table = Table("", "all tokens", report.spec, title=f"{result.model}, {result.environment['device']}")
-    rows: list[tuple[str, str, str]] = [
+    rows: list[tuple[str, ...]] = [
         ("answer", result.answer_dense, result.answer),
         ("visual tokens entering the LLM", f"{report.visual_tokens[0]}", f"{report.entering[0]}"),
         ("  after the last cut", f"{report.visual_tokens[0]}", f"{report.after_last_cut[0]}"),

@@ -5,8 +5,14 @@ import sys
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
-from transformers import SiglipVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+)
 
 import vtc
 from vtc import errors
@@ -84,7 +90,10 @@ def test_inputs_embeds_without_ids(sdpa_llava):
 def test_more_placeholders_than_images(sdpa_llava):
     inputs = sdpa_llava.inputs([("image", 3, "image")])
     inputs["pixel_values"] = inputs["pixel_values"][:1]
-    with vtc.compress(sdpa_llava.model, "random:6"), pytest.raises((errors.InputError, ValueError), match="match|hold"):
+    with (
+        vtc.compress(sdpa_llava.model, "random:6"),
+        pytest.raises((errors.InputError, ValueError), match=r"match|hold"),
+    ):
         sdpa_llava.model(**inputs)
 
 
@@ -105,9 +114,9 @@ def test_mask_of_the_wrong_length(sdpa_llava):
 
 
 def test_another_feature_layer_per_call(sdpa_llava):
-    with vtc.compress(sdpa_llava.model, "fastervlm:6"):
-        with pytest.raises(errors.UnsupportedFeatureError, match="vision_feature_layer"):
-            sdpa_llava.model(**sdpa_llava.inputs(), vision_feature_layer=-1)
+    inputs, refused = sdpa_llava.inputs(), pytest.raises(errors.UnsupportedFeatureError, match="vision_feature_layer")
+    with vtc.compress(sdpa_llava.model, "fastervlm:6"), refused:
+        sdpa_llava.model(**inputs, vision_feature_layer=-1)
 
 
 def test_not_a_model():
@@ -121,7 +130,7 @@ def test_model_without_adapter():
     config = LlamaConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=10
     )
-    with pytest.raises(errors.UnsupportedModelError, match="'llama'.*Supported: "):
+    with pytest.raises(errors.UnsupportedModelError, match=r"'llama'.*Supported: "):
         vtc.patch(LlamaForCausalLM(config), "random:6")
     with pytest.raises(errors.UnsupportedModelError, match="no config"):
         vtc.patch(torch.nn.Linear(2, 2), "random:6")
@@ -141,9 +150,7 @@ def test_compiled_model(sdpa_llava):
 
 
 def test_tower_without_cls():
-    text = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=200
-    )
+    text = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=200)
     vision = SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7
     )
@@ -162,9 +169,7 @@ def test_tower_without_cls():
 def test_tower_of_another_shape():
     from transformers import PixtralVisionConfig
 
-    text = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=200
-    )
+    text = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=200)
     vision = PixtralVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=7
     )

@@ -36,7 +36,7 @@ def test_selection_equals_masked_full_model(llava, spec, prompts, padding):
         cached = llava.model(**inputs, use_cache=True)
         plain = llava.model(**inputs, use_cache=False)
         report = handle.report
-    batch, length = inputs["input_ids"].shape
+    length = inputs["input_ids"].shape[1]
     visible = visible_columns(cached.past_key_values, length)
     expected = masked_logits(llava.model, inputs, visible)
     assert cached.logits.shape == expected.shape
@@ -105,7 +105,9 @@ def test_compact_positions_are_those_of_the_short_prompt(llava, spec):
     model = llava.model
     with vtc.compress(model, spec, positions="compact"), torch.no_grad():
         features = torch.cat(list(model.model.get_image_features(inputs["pixel_values"]).pooler_output))
-        out = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        out = model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
     batch, length = inputs["input_ids"].shape
     visible = visible_columns(out.past_key_values, length, dense=3)
     full = {
@@ -116,7 +118,9 @@ def test_compact_positions_are_those_of_the_short_prompt(llava, spec):
     kept = visible(0) & full["attention_mask"].bool()
     positions = (kept.long().cumsum(1) - 1).clamp(min=0)
     is_visual = full["input_ids"] == llava.placeholder
-    expected = masked_logits(model, full, visible, replace=(is_visual, features), position_ids=positions)[:, length - 1 :]
+    expected = masked_logits(model, full, visible, replace=(is_visual, features), position_ids=positions)[
+        :, length - 1 :
+    ]
     assert relative_difference(torch.stack(out.logits, dim=1), expected) < TOLERANCE
 
 

@@ -183,7 +183,10 @@ class TestRefusals:
     """What would be silently wrong raises before anything runs."""
 
     def test_chunked_prefill(self, sdpa_llava):
-        with vtc.compress(sdpa_llava.model, "random:6"), pytest.raises(vtc.errors.StateError, match="prefill_chunk_size"):
+        with (
+            vtc.compress(sdpa_llava.model, "random:6"),
+            pytest.raises(vtc.errors.StateError, match="prefill_chunk_size"),
+        ):
             sdpa_llava.model.generate(**sdpa_llava.inputs(), max_new_tokens=2, prefill_chunk_size=8)
 
     def test_static_cache(self, sdpa_llava):

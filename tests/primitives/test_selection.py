@@ -26,7 +26,9 @@ from vtc.stages import Links
 @settings(deadline=None)
 def test_topk_keep(batch, width, data):
     # few distinct values, so that ties are the rule
-    score = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, 3), min_size=width, max_size=width), min_size=batch, max_size=batch)))
+    score = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(0, 3), min_size=width, max_size=width), min_size=batch, max_size=batch))
+    )
     lengths = [data.draw(st.integers(1, width)) for _ in range(batch)]
     budget = [data.draw(st.integers(1, n)) for n in lengths]
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]

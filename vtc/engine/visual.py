@@ -127,15 +127,13 @@ class Visual:
         layout = self.layout
         first_segment = _first_segments(layout, members, device)
         shifted = replace(layout, segment=torch.where(layout.segment < 0, -1, layout.segment + first_segment[:, None]))
+        grids = tuple(tuple(grid for g in group for grid in layout.grids[g]) for group in members)
         return Visual(
             pool(self.column, -1),
             lengths,
             tuple(rows),
             tuple(tuple(n for g in group for n in self.origin[g]) for group in members),
-            Layout(
-                *(pool(part, -1) for part in (shifted.row, shifted.col, shifted.segment)),
-                grids=tuple(tuple(grid for g in group for grid in layout.grids[g]) for group in members),
-            ),
+            replace(shifted.map(lambda part: pool(part, -1)), grids=grids),
             _stack(maps, lengths, max(inputs)),
         )
 
@@ -239,32 +237,22 @@ def _first_segments(layout: Layout, members: list[list[int]], device: torch.devi
 
 def _concatenate(maps: TokenMap, group: Sequence[int], inputs: Sequence[int], num_tokens: int) -> TokenMap:
     """The maps of several groups side by side: one group whose input is all their inputs in a row."""
-    anchors, sources, slots, weights, masses = [], [], [], [], []
+    parts: list[tuple[Tensor, ...]] = []
     token = slot = 0
     for g, n_in in zip(group, inputs, strict=True):
         one = maps.groups([g])
         n = one.lengths[0]
-        anchors.append(one.anchor[:, :n] + token)
-        index = torch.arange(n, device=one.anchor.device)[None]
-        has = one.slot is not None and one.source is not None and one.weight is not None
-        sources.append((one.source if has else one.anchor[:, :n]) + token)  # type: ignore[operator]
-        local = one.slot if has else index
-        slots.append(torch.where(local < 0, -1, local + slot))  # type: ignore[operator,arg-type]
-        weights.append(one.weight if has else torch.ones_like(index).float())
-        masses.append(one._mass() if has else torch.ones_like(index).float())
+        anchor = one.anchor[:, :n]
+        if one.source is None or one.slot is None or one.weight is None:
+            index = torch.arange(n, device=anchor.device)[None]
+            edges = anchor, index, torch.ones_like(index).float(), torch.ones_like(index).float()
+        else:
+            edges = one.source, one.slot, one.weight, one.masses()
+        source, place, weight, mass = edges
+        parts.append((anchor + token, source + token, torch.where(place < 0, -1, place + slot), weight, mass))
         token, slot = token + n_in, slot + n
-    anchor = torch.cat(anchors, dim=1)
-    if maps.is_selection:
-        return TokenMap(anchor, (slot,), num_tokens)
-    return TokenMap(
-        anchor,
-        (slot,),
-        num_tokens,
-        torch.cat(sources, dim=1),
-        torch.cat(slots, dim=1),
-        torch.cat(weights, dim=1),  # type: ignore[arg-type]
-        torch.cat(masses, dim=1),
-    )
+    anchor, *rest = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+    return TokenMap(anchor, (slot,), num_tokens, *(() if maps.is_selection else rest))
 
 
 def _stack(maps: list[TokenMap], lengths: tuple[int, ...], num_tokens: int) -> TokenMap:

@@ -23,7 +23,9 @@ class DivPrune(Method):
     """
 
     slug = "divprune"
-    paper = Paper("DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", "2503.02175", "CVPR 2025")
+    paper = Paper(
+        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", "2503.02175", "CVPR 2025"
+    )
     steps = ("farthest-point picks under cosine distance", "none", "drop")
     fidelity = "golden"
     tags = frozenset({"permutation_equivariant"})

@@ -26,7 +26,8 @@ class FastV(Method):
 
     slug = "fastv"
     paper = Paper(
-        "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language Models",
+        "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large "
+        "Vision-Language Models",
         "2403.06764",
         "ECCV 2024",
     )

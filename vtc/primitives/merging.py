@@ -29,7 +29,9 @@ def assign_nearest(
     """
     target_mask = keep >= 0 if targets is None else (keep >= 0) & targets
     source_mask = rest >= 0
-    _, index = cosine_match(take_rows(metric, rest), take_rows(metric, keep), source_mask=source_mask, target_mask=target_mask)
+    _, index = cosine_match(
+        take_rows(metric, rest), take_rows(metric, keep), source_mask=source_mask, target_mask=target_mask
+    )
     slot = index[..., 0].masked_fill(~source_mask, -1)
     return Links(rest.clamp(min=0), slot, (slot >= 0).float())
 

@@ -52,9 +52,7 @@ def valid_prefix(lengths: Sequence[int], width: int, device: torch.device | None
     return torch.arange(width, device=device) < ends[:, None]
 
 
-def rest_of(
-    keep: Int[Tensor, "B K"], lengths: Sequence[int], kept: Sequence[int], width: int
-) -> Int[Tensor, "B R"]:
+def rest_of(keep: Int[Tensor, "B K"], lengths: Sequence[int], kept: Sequence[int], width: int) -> Int[Tensor, "B R"]:
     """The tokens that are not in `keep`, in raster order: the first `lengths[b]` of `width` without `kept[b]`."""
     rest = [n - k for n, k in zip(lengths, kept, strict=True)]
     inside = torch.zeros(keep.shape[0], width + 1, dtype=torch.bool, device=keep.device)

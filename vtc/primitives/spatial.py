@@ -15,7 +15,7 @@ def uniform_keep(tokens: Tokens) -> Int[Tensor, "B K"]:
 
 
 def grid_cells(tokens: Tokens) -> tuple[Int[Tensor, "B K"], Int[Tensor, "B N"]]:
-    """A partition of each group into as many cells as its budget: the middle token of each cell, and the cell of each token."""
+    """A partition of each group into as many cells as its budget: middle token of each cell, cell of each token."""
     cells = [_cells(_shape(tokens, b), k) for b, k in enumerate(tokens.budget)]
     return _padded([middle for middle, _ in cells], tokens), _padded([cell for _, cell in cells], tokens)
 

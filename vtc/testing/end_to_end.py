@@ -38,7 +38,7 @@ class Replay:
         """The inner model's output for the prompt, under `handle`."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        output = BaseModelOutputWithPooling(pooler_output=[self.features])
+        output = BaseModelOutputWithPooling(pooler_output=[self.features])  # type: ignore[arg-type]
         adapter = handle._adapter
         lengths, layout = adapter.layout(adapter.encoders[0], output, {})
         setattr(output, ATTRIBUTE, Encoded(handle._plan, lengths, layout, None, 0.0))
