@@ -28,17 +28,30 @@ SITES = ("tower", "tower_out", "llm_in", "layer", "decode")
 #: signal name -> what the tensor is, batch first and padded like the tokens
 SIGNALS = {
     "cls_attention": "[B, N] probability that [CLS] gives each token at the feature layer, mean over heads",
+    "cls_attention_layers": "[B, L, N] cls_attention of every tower layer, from the first to the feature layer",
     "cls_hidden": "[CLS] as the first token of x (num_prefix = 1)",
+    "cls_query": "[B, H, d] query of [CLS] at the feature layer, as projected (unscaled)",
     "received_attention": "[B, N] attention each token receives at the feature layer, mean over heads and queries",
     "keys": "[B, H, N, d] keys at the feature layer (tower) or after RoPE at the layer before the site (LLM)",
     "query_attention": "[B, N] probability the query rows (last token, or mean over all) give each visual token",
     "position": "[B, N] int64 place of each visual token in the prompt",
+    "clip_image_embeds": "[B, N, E] patches in CLIP's joint space: visual_projection(post_layernorm(feature layer))",
+    "clip_text_embeds": "[B, M, E] CLIP text embeddings of the question, one per 77 tokens; zero rows are padding",
+    "low_keys": "[B, H, N, d] keys at tower block `Signal.layer`, counted from the first (0-based)",
+    "tile": "[B, 4] int64 of a group that is a tile: number of its image in the batch, its number in the image (0: the "
+    "full image), (height, width) of the image in tiles; (b, 0, 0, 0) for an image without tiles",
     "normed_states": "[B, N, D] hidden states after the LLM's final norm",
     "text_embeds": "[B, T, D] embeddings of the sample's text tokens, padded; text_mask says which are valid",
     "text_keys": "[B, H, T, d] keys of the text tokens after RoPE at the layer before the site",
     "text_states": "[B, T, D] hidden states of the text tokens after the LLM's final norm",
     "text_position": "[B, T] int64 place of each text token in the prompt",
     "text_after": "[B, T] whether the text token stands after the last visual token of the sample",
+    "text_attention": "[B, T, N] probability each text row gives each visual token, mean over heads",
+    "attention_to_text": "[B, N, T] probability each visual row gives each text token, mean over heads",
+    "attention_output": "[B, N, D] output of the self-attention (after o_proj) at the layer before the site",
+    "global_attention": "[B, N] probability the mean query of all tokens up to the last visual one gives each visual "
+    "token, among those tokens, at the layer itself, without RoPE, mean over heads",
+    "layer_keys": "[B, G, N, d] keys of the layer itself (of the hidden states that enter it), after RoPE",
 }
 
 
@@ -196,7 +209,9 @@ class Method:
         """
         budget = stage.budget or self.budget
         if budget is None:
-            raise BudgetError(f"method {self.slug!r} has no budget. Use budget=64, or '{self.slug}:64' in a spec string.")
+            raise BudgetError(
+                f"method {self.slug!r} has no budget. Use budget=64, or '{self.slug}:64' in a spec string."
+            )
         return budget
 
     def options(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Commands that run models: `vtc run`."""
+"""Commands that run or read models: `vtc run`, `vtc bench`, `vtc doctor`."""
 
 import random
 from pathlib import Path
@@ -9,9 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from vtc.cli import Json, app, print_json
-from vtc.eval.loading import load, open_image
+from vtc.eval.accuracy import sweep
+from vtc.eval.doctor import diagnose
+from vtc.eval.loading import embedded_path, load, open_image
 from vtc.eval.run import RunResult, run
-from vtc.eval.scenes import draw_scene, questions
+from vtc.eval.scenes import CATEGORIES, draw_scene, questions
+from vtc.registry import methods
+from vtc.spec import parse
+from vtc.tokens import Budget
 
 
 @app.command("run")
@@ -66,6 +71,73 @@ def run_command(
         print_json(result.to_dict())
     else:
         _show(result)
+
+
+@app.command("doctor")
+def doctor_command(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub id; its config is enough.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what vtc finds in a model, which methods can run on it, and why the others cannot."""
+    found = diagnose(str(embedded_path()) if model is None else model)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    console = Console()
+    table = Table("part", "found", title=f"{found.model}: family {found.family}")
+    for part, text in found.parts.items():
+        table.add_row(part, text)
+    console.print(table)
+    console.print(f"[bold green]can run[/] {', '.join(found.runs)}")
+    for method, reason in found.refused.items():
+        console.print(f"[bold red]cannot run[/] [bold]{method}[/]: {reason}", highlight=False)
+
+
+@app.command("bench")
+def bench_command(
+    method: Annotated[
+        str, typer.Option("--methods", help="Spec strings without budget, separated by commas; 'all' for every method.")
+    ] = "all",
+    budget: Annotated[str, typer.Option("--budgets", help="Token counts or shares, separated by commas.")] = "64",
+    per_category: Annotated[int, typer.Option(min=1, help="Questions of each category.")] = 25,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id. None: the embedded model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... None: a GPU if there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the suite.")] = 0,
+    out: Annotated[Path, typer.Option(help="Result file; finished cells in it are not run again.")] = Path(
+        "bench.json"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Accuracy of methods at token budgets on the drawn scenes, with 95 % intervals, beside the dense model."""
+    chosen = list(methods()) if method == "all" else [name.strip() for name in method.split(",")]
+    wanted = [resolved.tokens or resolved.ratio for resolved in map(Budget.of, budget.split(","))]
+    for spec in chosen:
+        parse(spec, 1)  # a typing error shows before anything runs
+    console = Console(stderr=True)
+    result = sweep(
+        load(model, device),
+        chosen,
+        [value for value in wanted if value is not None],
+        per_category,
+        seed=seed,
+        path=out,
+        progress=lambda line: console.print(line, highlight=False),
+    )
+    if as_json:
+        print_json(result)
+        return
+    table = Table("method", "tokens", "accuracy", "95 %", "as dense", *CATEGORIES, title=f"{result['suite']['model']}")
+    for name, cell in result["cells"].items():
+        if "accuracy" not in cell:
+            table.add_row(name, "refused", *[""] * (3 + len(CATEGORIES)))
+            continue
+        whole = cell["accuracy"]["overall"]
+        low, high = whole["wilson95"]
+        entering = str(cell["tokens"]["entering_llm"]) if "tokens" in cell else ""
+        agreement = f"{cell['agreement_with_dense']:.0%}" if "agreement_with_dense" in cell else ""
+        by_category = [f"{cell['accuracy'][category]['accuracy']:.0%}" for category in CATEGORIES]
+        table.add_row(name, entering, f"{whole['accuracy']:.1%}", f"{low:.0%} .. {high:.0%}", agreement, *by_category)
+    Console().print(table)
 
 
 def _show(result: RunResult) -> None:

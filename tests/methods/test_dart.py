@@ -60,9 +60,7 @@ def test_golden_end_to_end(case):
         kept = out.past_key_values._vtc.layers[-1].column[0]
         assert torch.equal(kept, case["keep_indexs"])
         assert lengths == case["prefill_cache_len_per_layer"].tolist()
-        torch.testing.assert_close(
-            out.last_hidden_state[:, kept], case["prefill_last_hidden"], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(out.last_hidden_state[:, kept], case["prefill_last_hidden"], atol=1e-5, rtol=1e-5)
         for step, expected in enumerate(case["decode_last_hidden"]):
             hidden = run.decode(step, out.past_key_values).last_hidden_state
             torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import vtc
-from vtc.primitives import add_mean, canvas_order, pool_units
 from vtc.kernels import attention_rows, received_attention
+from vtc.primitives import add_mean, canvas_order, pool_units
 from vtc.testing.golden import golden_cases
 
 FOLDER = Path(__file__).parents[1] / "golden"

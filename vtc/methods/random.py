@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vtc.primitives import topk_keep
+from vtc.primitives import seeded_uniform, topk_keep
 from vtc.registry import register
 from vtc.stages import Method, Site, Stage
 from vtc.tokens import Tokens
@@ -34,9 +33,4 @@ class Random(Method):
         return (Stage(Site("llm_in"), self.filter),)
 
     def filter(self, tokens: Tokens) -> Tensor:
-        drawn = {}
-        for n in set(tokens.lengths):
-            generator = torch.Generator().manual_seed(self.seed)
-            drawn[n] = torch.nn.functional.pad(torch.rand(n, generator=generator), (0, tokens.x.shape[1] - n))
-        score = torch.stack([drawn[n] for n in tokens.lengths]).to(tokens.x.device)
-        return topk_keep(score, tokens.budget, mask=tokens.mask)
+        return topk_keep(seeded_uniform(tokens, self.seed), tokens.budget, mask=tokens.mask)

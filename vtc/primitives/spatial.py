@@ -40,6 +40,32 @@ def pool_units(x: Float[Tensor, "... N"], unit: int) -> Float[Tensor, "... M"]:
     return x.unflatten(-1, (-1, unit)).mean(-1)
 
 
+def segment_table(tokens: Tokens, *, join_crops: bool = False) -> Int[Tensor, "G W"]:
+    """The tokens of each segment (tile, frame) of each group, in their order, padding -1 last; G = groups x segments.
+
+    Separators belong to no segment. Without a layout each group is one segment.
+
+    Args:
+        join_crops: all segments behind the first one, the thumbnail of AnyRes, count as one.
+    """
+    batch, width = tokens.x.shape[:2]
+    if tokens.layout is None:
+        index = torch.arange(width, device=tokens.x.device).expand(batch, -1)
+        return index.masked_fill(~tokens.mask, -1)
+    sizes = [[h * w for h, w in grids] for grids in tokens.layout.grids]
+    place = torch.where(tokens.mask & (tokens.layout.row >= 0), tokens.layout.segment, -1)
+    if join_crops:
+        sizes = [[row[0], sum(row[1:])] if len(row) > 1 else row for row in sizes]
+        place = place.clamp(max=1)
+    segments = max(len(row) for row in sizes)
+    number = torch.arange(segments, device=place.device)[:, None]
+    is_member = place[:, None] == number  # [B, S, N]
+    # a segment never has more tokens than its grid, and grids are known to the host
+    longest = min(width, max(size for row in sizes for size in row))
+    order = (~is_member).long().sort(dim=2, stable=True).indices[..., :longest]
+    return order.masked_fill(~is_member.gather(2, order), -1).flatten(0, 1)
+
+
 def _shape(tokens: Tokens, group: int) -> tuple[int, int]:
     """(height, width) of a group that is one full raster grid, else one row of tokens."""
     length = tokens.lengths[group]

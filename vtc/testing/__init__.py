@@ -4,7 +4,16 @@
 `golden` loads recorded outputs of the authors' own code.
 """
 
+from vtc.testing.conformance import check_method
 from vtc.testing.oracle import masked_logits, relative_difference, visible_columns
 from vtc.testing.tiny import TinyModel, families, tiny
 
-__all__ = ["TinyModel", "families", "masked_logits", "relative_difference", "tiny", "visible_columns"]
+__all__ = [
+    "TinyModel",
+    "check_method",
+    "families",
+    "masked_logits",
+    "relative_difference",
+    "tiny",
+    "visible_columns",
+]
