@@ -23,6 +23,12 @@ VARIANTS = [
     "greedyprune(layer=0, query=mean)",
     "todre(pivot=random, objective=k_center)",
     "todre(pivot=farthest)",
+    "efficientvla(direction=to_text)",
+    "flashvla(source=hidden)",
+    "fopru(strategy=row)",
+    "hired(variant=reference)",
+    "learning-free(rule=top)",
+    "sparsity-meets-similarity(inflection=lof)",
 ]
 METHODS = [vtc.create(slug, budget=8) for slug in vtc.methods()] + [vtc.parse(v, 8)[0] for v in VARIANTS]
 CASES = [

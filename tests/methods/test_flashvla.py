@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import vtc
-import vtc.methods.flashvla
 from vtc.testing.golden import golden_cases
 
 FOLDER = Path(__file__).parents[1] / "golden"

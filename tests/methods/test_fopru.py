@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import vtc
-import vtc.methods.fopru
 from vtc.tokens import Layout
 
 

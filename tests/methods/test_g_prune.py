@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import vtc
-import vtc.methods.g_prune
 from vtc.testing.golden import golden_cases
 from vtc.tokens import Layout
 

@@ -5,7 +5,6 @@ import torch
 from torch.nn.functional import normalize
 
 import vtc
-import vtc.methods.greedyprune
 
 
 def greedy_list(x, saliency, count, threshold):

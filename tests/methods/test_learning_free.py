@@ -3,7 +3,6 @@
 import torch
 
 import vtc
-import vtc.methods.learning_free
 from vtc.tokens import Layout
 
 

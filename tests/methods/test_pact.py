@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import vtc
-import vtc.methods.pact
 from vtc.primitives import slot_of
 from vtc.testing.golden import golden_cases
 

@@ -7,7 +7,6 @@ import torch
 from torch.nn.functional import normalize
 
 import vtc
-import vtc.methods.prumerge
 from vtc.testing.golden import golden_cases
 
 CASES = golden_cases("prumerge", Path(__file__).parents[1] / "golden")

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import vtc
-import vtc.methods.sparsity_meets_similarity
 
 SLUG = "sparsity-meets-similarity"
 

@@ -7,7 +7,6 @@ import torch
 from torch.nn.functional import normalize
 
 import vtc
-import vtc.methods.todre
 from vtc.testing.golden import golden_cases
 from vtc.tokens import Layout
 

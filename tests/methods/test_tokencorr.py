@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 import vtc
-import vtc.methods.tokencorr
 
 N, HEADS, WIDTH = 40, 2, 8
 

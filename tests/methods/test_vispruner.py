@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import vtc
-import vtc.methods.vispruner
 from vtc.kernels import attention_rows
 from vtc.primitives import distinct_of
 from vtc.testing.golden import golden_cases

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import vtc
-import vtc.methods.vtc_cls
 from vtc.errors import SpecError
 from vtc.testing.golden import golden_cases
 

@@ -1,18 +1,9 @@
-"""What nine methods have in common: groups do not see each other, padding is not read, budgets are met."""
+"""Methods that read places, tiles or thresholds, on two-dimensional grids with padding between them."""
 
 import pytest
 import torch
 
 import vtc
-import vtc.methods.efficientvla
-import vtc.methods.flashvla
-import vtc.methods.fopru
-import vtc.methods.hired
-import vtc.methods.learning_free
-import vtc.methods.mustdrop
-import vtc.methods.pact
-import vtc.methods.sparsity_meets_similarity
-import vtc.methods.tokencorr
 from vtc.tokens import Layout
 
 HEADS, TEXT, WIDTH, LAYERS = 2, 5, 16, 3
