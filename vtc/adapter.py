@@ -6,11 +6,12 @@ lives in `vtc.adapters`; those modules are imported by name on first use, so the
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from vtc.errors import UnsupportedModelError
@@ -25,7 +26,15 @@ A = TypeVar("A", bound=type["Adapter"])
 
 @dataclass(frozen=True)
 class Attention:
-    """The modules of one self-attention whose outputs are its queries and keys before RoPE."""
+    """The modules of one self-attention whose outputs are its queries and keys before RoPE.
+
+    Args:
+        query, key: the modules; the same one where a projection holds queries, keys and values side by side.
+        num_heads, num_key_heads, head_dim: its shape.
+        scale: factor of the logits.
+        fused: whether `query` and `key` are such a common projection.
+        heads_first: whether the outputs are [B, H, L, d] already (a norm that acts after the transpose).
+    """
 
     query: nn.Module
     key: nn.Module
@@ -33,14 +42,25 @@ class Attention:
     num_key_heads: int
     head_dim: int
     scale: float
+    fused: bool = False
+    heads_first: bool = False
 
     def split_queries(self, output: Tensor) -> Tensor:
-        """[B, L, H*d] (or [B, L, H, d], where a norm acts per head) -> [B, H, L, d]."""
-        return output.reshape(*output.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+        """[B, L, H*d] -> [B, H, L, d]; also [B, L, H, d] (a norm per head) and [L, H*d] (one packed sequence)."""
+        return self._split(output, 0, self.num_heads)
 
     def split_keys(self, output: Tensor) -> Tensor:
         """The same for keys: [B, G, L, d], G key heads."""
-        return output.reshape(*output.shape[:2], self.num_key_heads, self.head_dim).transpose(1, 2)
+        return self._split(output, 1, self.num_key_heads)
+
+    def _split(self, output: Tensor, part: int, heads: int) -> Tensor:
+        if self.heads_first:
+            return output
+        if output.dim() == 2:
+            output = output[None]
+        if self.fused:
+            output = output.unflatten(-1, (3, heads * self.head_dim))[:, :, part]
+        return output.reshape(*output.shape[:2], heads, self.head_dim).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -52,22 +72,69 @@ class Encoder:
         method: name of the method of the inner model that encodes, e.g. "get_image_features".
         placeholder_id: token id that the features replace.
         tower: the vision tower.
-        features: module whose first input are the features at `tower_out`, [groups, tokens, width].
+        features: module whose first input are the features at `tower_out`, [groups, tokens, width]; None where the
+            host changes the tokens after its projector: `tower_out` then acts on the encoder's `pooler_output`.
         feature_layers: tower blocks whose outputs are concatenated to the features (the last one gives the signals).
-        attention: self-attention of the last feature layer.
+        attention: self-attention of the block that gives the signals.
         num_prefix: [CLS] and register tokens in front of the patches inside the tower.
         drops_prefix: whether the host takes them off before `features`.
+        block: the block that gives the signals; None: the last of `feature_layers`.
+        rotary: whether its queries and keys are rotated by the `position_embeddings` handed to the block.
+        segments: from the arguments of the block and the device, which tokens attend to each other ([B, L] int64, -1
+            is padding); None: all tokens of a group.
+        pool: from a signal of the tower's patches [groups, patches, C] and the arguments of the call, that signal for
+            the tokens at `tower_out`, by the rule by which the host makes these tokens; None: they are the patches.
     """
 
     modality: str
     method: str
     placeholder_id: int
     tower: nn.Module
-    features: nn.Module
+    features: nn.Module | None
     feature_layers: tuple[nn.Module, ...]
     attention: Attention
     num_prefix: int
     drops_prefix: bool
+    block: nn.Module | None = None
+    rotary: bool = False
+    segments: Callable[[Mapping[str, Any]], Tensor | None] | None = None
+    pool: Callable[[Tensor, Mapping[str, Any]], Tensor] | None = None
+
+    @property
+    def signal_block(self) -> nn.Module:
+        """The block that gives the signals."""
+        return self.block if self.block is not None else self.feature_layers[-1]
+
+    def lacks(self, signal: str) -> str | None:
+        """Why `signal` does not exist at `tower_out`, or None where it does."""
+        if signal.startswith("cls_") and not self.num_prefix:
+            return f"its tower {type(self.tower).__name__} has no [CLS] token"
+        if signal == "cls_hidden" and not self.drops_prefix:
+            return "vision_feature_select_strategy='full' already keeps [CLS] among the features"
+        if signal == "cls_hidden" and (self.features is None or self.pool is not None):
+            return "several patches make one token before `tower_out`, and [CLS] is not such a token"
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How the groups that `tower_out` sees (tiles, frames) become images in the LLM.
+
+    Args:
+        slot: int64 [G, N], for each token of each group its slot among those of its image; -1: it never reaches the
+            LLM (padding that the host cuts off), so no stage sees it.
+        image: the image of each group, ascending.
+        lengths: slots of each image in the LLM, separators included.
+        layout: where each slot lies.
+        separator: int64 [G, N], slot of the separator (newline) that stays exactly if one of its tokens stays; -1:
+            none. Separators that no token names stay.
+    """
+
+    slot: Int[Tensor, "G N"]
+    image: tuple[int, ...]
+    lengths: tuple[int, ...]
+    layout: Layout
+    separator: Int[Tensor, "G N"] | None = None
 
 
 class Adapter(ABC):
@@ -82,9 +149,13 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]]
     #: hub ids that the family's methods were published for
     checkpoints: ClassVar[tuple[str, ...]] = ()
+    #: whether the inner model, not the language model, turns the 2-D mask into the masks of the layers
+    masks_outside: ClassVar[bool] = False
+    #: whether positions are places on the image (M-RoPE), so that gaps between them cannot be closed
+    multimodal_positions: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
 
     @property
     @abstractmethod
@@ -119,9 +190,38 @@ class Adapter(ABC):
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
         """For what `encoder` returned: tokens of each image in the LLM, and where each lies."""
 
-    @abstractmethod
+    def packing(self, encoder: Encoder, arguments: Mapping[str, Any]) -> Packing | None:
+        """How the groups of `tower_out` become images, for one call of `encoder`; None: each group is an image."""
+        return None
+
     def unavailable(self, signal: str, site: str) -> str | None:
-        """Why the family cannot give `signal` at `site`, or None where it can."""
+        """Why the family cannot give `signal` at `site`, or None where one of its encoders can."""
+        if site not in ("tower", "tower_out"):
+            return None
+        reasons = [encoder.lacks(signal) for encoder in self.encoders]
+        return None if None in reasons else reasons[0]
+
+    @property
+    def lowest_layer(self) -> tuple[int, str]:
+        """The first decoder layer before which tokens may be dropped, and why not earlier."""
+        return 0, ""
+
+    def cut_visual(self, kwargs: Mapping[str, Any], cut: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Arguments of the language model that hold visual tokens beside the embeddings, cut.
+
+        `cut` takes [B, S, D] with a row for each column of the prompt to [B, R, D], rows that stay (merged where tokens
+        were merged, zeros in padding).
+        """
+        return {}
+
+    @property
+    def window(self) -> int | None:
+        """Columns that sliding-window layers see; None where every layer sees all."""
+        config = self.text_config
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None)
+        slides = window is not None if kinds is None else "sliding_attention" in kinds
+        return window if slides else None
 
     @property
     def text_config(self) -> Any:
@@ -146,6 +246,12 @@ def adapter_classes() -> tuple[type[Adapter], ...]:
     return tuple(sorted(set(_ADAPTERS.values()), key=lambda cls: cls.family))
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, or `model` itself."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
 def adapter_for(model: nn.Module) -> Adapter:
     """The adapter of a loaded model.
 
@@ -153,6 +259,7 @@ def adapter_for(model: nn.Module) -> Adapter:
         UnsupportedModelError: no family serves it; the message lists those that are served.
     """
     _load()
+    model = unwrap(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type is None:
@@ -162,7 +269,9 @@ def adapter_for(model: nn.Module) -> Adapter:
         )
     if model_type not in _ADAPTERS:
         known = ", ".join(sorted(_ADAPTERS))
-        raise UnsupportedModelError(f"no adapter for model type {model_type!r}. Supported: {known}.")
+        part = next((known for known in _ADAPTERS if model_type in (f"{known}_text", f"{known}_vision")), None)
+        hint = f" This is a part of a {part!r} model: pass the whole ...ForConditionalGeneration." if part else ""
+        raise UnsupportedModelError(f"no adapter for model type {model_type!r}. Supported: {known}.{hint}")
     return _ADAPTERS[model_type](model)
 
 

@@ -147,4 +147,6 @@ def _check_type(slug: str, name: str, value: Any, default: Any) -> None:
     if isinstance(value, bool) != isinstance(default, bool) and default is not None:
         fits = False
     if not fits:
-        raise SpecError(f"{name}={value!r} for method {slug!r}: a {type(default).__name__} such as {default!r} is expected.")
+        raise SpecError(
+            f"{name}={value!r} for method {slug!r}: a {type(default).__name__} such as {default!r} is expected."
+        )

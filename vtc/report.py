@@ -99,5 +99,3 @@ def prefill_costs(
         sum(flops.llm_prefill(config, lengths[b]) for b in samples),
         sum(flops.kv_bytes(config, lengths[b], element_size) for b in samples),
     )
-
-

@@ -27,7 +27,9 @@ _SEGMENT = re.compile(
 )
 
 
-def parse(spec: "str | Method | Iterable[Method]", budget: "int | float | str | Budget | None" = None) -> tuple[Method, ...]:
+def parse(
+    spec: "str | Method | Iterable[Method]", budget: "int | float | str | Budget | None" = None
+) -> tuple[Method, ...]:
     """The methods that `spec` names; `budget` goes to those that have none of their own.
 
     Raises:

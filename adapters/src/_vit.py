@@ -1,4 +1,7 @@
-"""What Hugging Face CLIP and SigLIP towers have in common."""
+"""What Hugging Face CLIP, SigLIP and similar towers have in common."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -6,14 +9,15 @@ from vtc.adapter import Attention
 from vtc.errors import UnsupportedModelError
 
 
-def tower_layers(tower: nn.Module) -> nn.ModuleList:
+def tower_layers(tower: Any) -> nn.ModuleList:
     """The blocks of a CLIP- or SigLIP-shaped tower.
 
     Raises:
-        UnsupportedModelError: the tower has no `encoder.layers` of separate q, k, v projections.
+        UnsupportedModelError: the tower has no `encoder.layers` (or `encoder.layer`) of separate q, k, v projections.
     """
-    layers = getattr(getattr(tower, "encoder", None), "layers", None)
-    if layers is None or not hasattr(layers[0].self_attn, "q_proj") or not hasattr(tower, "embeddings"):
+    encoder = getattr(tower, "encoder", None)
+    layers: nn.ModuleList | None = getattr(encoder, "layers", getattr(encoder, "layer", None))
+    if layers is None or not hasattr(tower, "embeddings") or not hasattr(_attention(layers[0]), "q_proj"):
         raise UnsupportedModelError(
             f"vision tower {type(tower).__name__} is neither CLIP- nor SigLIP-shaped; this family's adapter reads "
             "encoder.layers[i].self_attn.{q,k}_proj. Only sites in the LLM could work; no adapter offers that yet."
@@ -21,12 +25,12 @@ def tower_layers(tower: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def tower_attention(layer: nn.Module) -> Attention:
-    """The self-attention of a CLIP or SigLIP block."""
-    attention = layer.self_attn
+def tower_attention(layer: Any) -> Attention:
+    """The self-attention of a block; norms of q and k, where they exist, are included."""
+    attention = _attention(layer)
     return Attention(
-        query=attention.q_proj,
-        key=attention.k_proj,
+        query=getattr(attention, "q_norm", None) or attention.q_proj,
+        key=getattr(attention, "k_norm", None) or attention.k_proj,
         num_heads=attention.num_heads,
         num_key_heads=attention.num_heads,
         head_dim=attention.head_dim,
@@ -34,9 +38,9 @@ def tower_attention(layer: nn.Module) -> Attention:
     )
 
 
-def has_cls(tower: nn.Module) -> bool:
+def has_cls(tower: Any) -> bool:
     """Whether the tower puts a [CLS] token in front of its patches."""
-    return hasattr(tower.embeddings, "class_embedding")
+    return hasattr(tower.embeddings, "class_embedding") or hasattr(tower.embeddings, "cls_token")
 
 
 def feature_layer(layers: nn.ModuleList, index: int) -> nn.Module:
@@ -48,3 +52,13 @@ def feature_layer(layers: nn.ModuleList, index: int) -> nn.Module:
             "a block's output is needed."
         )
     return layers[position - 1]
+
+
+def feature_layers(tower: Any, indices: int | Sequence[int]) -> tuple[nn.Module, ...]:
+    """The blocks that `vision_feature_layer` names."""
+    layers = tower_layers(tower)
+    return tuple(feature_layer(layers, i) for i in ([indices] if isinstance(indices, int) else indices))
+
+
+def _attention(layer: Any) -> Any:
+    return getattr(layer, "self_attn", None) or layer.attention

@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from vtc.adapter import Adapter, Attention, Encoder, register_adapter
-from vtc.adapters._llama import decoder_attention
-from vtc.adapters._vit import feature_layer, has_cls, tower_attention, tower_layers
+from vtc.adapter import Encoder, register_adapter
+from vtc.adapters._llama import LlamaAdapter
+from vtc.adapters._vit import feature_layers, has_cls, tower_attention
 from vtc.tokens import Layout
 
 
 @register_adapter
-class LlavaAdapter(Adapter):
+class LlavaAdapter(LlamaAdapter):
     """`LlavaForConditionalGeneration` with a CLIP- or SigLIP-shaped tower."""
 
     family = "llava"
@@ -20,30 +20,9 @@ class LlavaAdapter(Adapter):
     checkpoints = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
 
     @property
-    def inner(self) -> nn.Module:
-        return self.model.model
-
-    @property
-    def language_model(self) -> nn.Module:
-        return self.inner.language_model
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.language_model.layers
-
-    def layer_attention(self, index: int) -> Attention:
-        return decoder_attention(self.layers[index])
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.language_model.norm
-
-    @property
     def encoders(self) -> tuple[Encoder, ...]:
         config, tower = self.model.config, self.inner.vision_tower
-        layers = tower_layers(tower)
-        indices = config.vision_feature_layer
-        chosen = tuple(feature_layer(layers, i) for i in ([indices] if isinstance(indices, int) else indices))
+        chosen = feature_layers(tower, config.vision_feature_layer)
         return (
             Encoder(
                 modality="image",
@@ -65,14 +44,5 @@ class LlavaAdapter(Adapter):
         layout = Layout.grid(side, side, groups=len(lengths), device=features[0].device)
         extra = max(lengths) - side * side  # a [CLS] that the "full" strategy leaves in front
         if extra:
-            parts = (nn.functional.pad(part, (extra, 0), value=-1) for part in (layout.row, layout.col, layout.segment))
-            layout = Layout(*parts, grids=layout.grids)
+            layout = layout.map(lambda part: nn.functional.pad(part, (extra, 0), value=-1))
         return lengths, layout
-
-    def unavailable(self, signal: str, site: str) -> str | None:
-        encoder = self.encoders[0]
-        if signal in ("cls_attention", "cls_hidden") and not encoder.num_prefix:
-            return f"its tower {type(encoder.tower).__name__} has no [CLS] token"
-        if signal == "cls_hidden" and not encoder.drops_prefix:
-            return "vision_feature_select_strategy='full' already keeps [CLS] among the features"
-        return None

@@ -126,18 +126,21 @@ def bench_command(
     if as_json:
         print_json(result)
         return
-    table = Table("method", "tokens", "accuracy", "95 %", "as dense", *CATEGORIES, title=f"{result['suite']['model']}")
+    output = Console()
+    # eight more columns need a wide terminal; the result file has them in any case
+    categories = CATEGORIES if output.width >= 140 else ()
+    table = Table("method", "tokens", "accuracy", "95 %", "as dense", *categories, title=result["suite"]["model"])
     for name, cell in result["cells"].items():
         if "accuracy" not in cell:
-            table.add_row(name, "refused", *[""] * (3 + len(CATEGORIES)))
+            table.add_row(name, "refused")
             continue
         whole = cell["accuracy"]["overall"]
         low, high = whole["wilson95"]
         entering = str(cell["tokens"]["entering_llm"]) if "tokens" in cell else ""
         agreement = f"{cell['agreement_with_dense']:.0%}" if "agreement_with_dense" in cell else ""
-        by_category = [f"{cell['accuracy'][category]['accuracy']:.0%}" for category in CATEGORIES]
+        by_category = [f"{cell['accuracy'][category]['accuracy']:.0%}" for category in categories]
         table.add_row(name, entering, f"{whole['accuracy']:.1%}", f"{low:.0%} .. {high:.0%}", agreement, *by_category)
-    Console().print(table)
+    output.print(table)
 
 
 def _show(result: RunResult) -> None:

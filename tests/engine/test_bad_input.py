@@ -202,3 +202,10 @@ def test_cls_among_the_features():
         assert handle.report.layout.row[0, 0] == -1
     with pytest.raises(errors.SignalUnavailableError, match="'full' already keeps"):
         vtc.patch(model, "visionzip:6")
+
+
+def test_placeholders_without_images(sdpa_llava):
+    inputs = sdpa_llava.inputs()
+    del inputs["pixel_values"]
+    with vtc.compress(sdpa_llava.model, "random:6"), pytest.raises(errors.InputError, match="no images came with it"):
+        sdpa_llava.model(**inputs)

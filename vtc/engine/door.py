@@ -56,7 +56,8 @@ def apply_step(step: Step, visual: Visual, tokens: Tokens, state: Forward, x: Te
     return after, x
 
 
-def _enter(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _enter(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Pre-hook of the inner model."""
     _clear()
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     given = {**bound, **bound.get("kwargs", {})}
@@ -75,7 +76,33 @@ def _enter(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: d
         if encoded.plan is not plan:
             raise StateError("mm_encoder_outputs were encoded under another patch. Encode the images again.")
         state.encoded[encoder.modality] = encoded
+    if adapter.masks_outside:
+        kwargs = _cut_outer_mask(plan, state, given, kwargs)
     state.token = FORWARD.set(state)
+    return args, kwargs
+
+
+def _cut_outer_mask(plan: Plan, state: Forward, given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inner model's arguments with a 2-D mask of what layer 0 holds; it sizes the masks of the layers by that."""
+    mask, cache = given.get("attention_mask"), given.get("past_key_values")
+    if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
+        raise UnsupportedFeatureError(
+            "masks that are built before the model is called (cache_implementation='static', or a 4-D attention_mask) "
+            "have the shape of the uncompressed prompt. Pass the 2-D attention_mask and use the default cache."
+        )
+    state.mask = mask
+    tokens = given["inputs_embeds"] if state.input_ids is None else state.input_ids
+    memory = memory_of(cache, plan, tokens.shape[0]) if cache is not None else None
+    if memory is None or (mask is None and not memory.layers[0].ragged):
+        return kwargs
+    dense = held_length(cache) - memory.entries
+    past = memory.length + dense
+    new = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+    columns = torch.cat([memory.column(0, dense).to(tokens.device), new], dim=1)
+    if mask is None:
+        return {**kwargs, "attention_mask": (columns >= 0).long()}
+    _check_width(mask, past, tokens.shape[1])
+    return {**kwargs, "attention_mask": masks.cut(mask, None, columns)}
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -95,9 +122,12 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
     if state is None or embeds is None:
         return None
     cache = kwargs.get("past_key_values")
-    state.batch, state.length, state.device = *embeds.shape[:2], embeds.device
+    state.batch, state.length = embeds.shape[:2]
+    state.device = embeds.device
     state.cache = cache
     state.memory = memory_of(cache, plan, state.batch) if cache is not None else None
+    if not state.encoded:
+        _check_placeholders(adapter, state)
     if not state.encoded and state.memory is None:
         return None
     check_cache(cache)
@@ -113,13 +143,21 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
     else:
         state.past = state.held
     kwargs = dict(kwargs)
+    window = adapter.window
+    if window is not None and state.past + state.length > window:
+        raise UnsupportedFeatureError(
+            f"{state.past + state.length} tokens are more than the {window} that this model's sliding-window layers "
+            "see, and a window over a shortened cache would see other tokens. Keep prompt and answer together within "
+            f"{window} tokens, or use a model without sliding windows."
+        )
     mask = kwargs.get("attention_mask")
-    _note_valid(state, mask)
+    _note_valid(state, state.mask if adapter.masks_outside else mask)
     positions = _full_positions(state, kwargs.get("position_ids"))
     if state.encoded:
         with stopwatch(embeds.device) as watch:
-            embeds = _decide(adapter, plan, state, embeds)
+            embeds, located = _decide(adapter, plan, state, embeds)
         state.seconds += [("llm_in", watch), *(("tower_out", encoded) for encoded in state.encoded.values())]
+        kwargs.update(adapter.cut_visual(kwargs, functools.partial(_cut_columns, state, located)))
     if plan.positions == "compact":
         positions = _compact_positions(state, positions)
     if state.column is not None:
@@ -132,19 +170,33 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
     return args, kwargs
 
 
+def _check_placeholders(adapter: Adapter, state: Forward) -> None:
+    """A prompt without encoded images must not hold placeholders: the host would read them as text."""
+    if state.input_ids is None or state.length == 1:
+        return
+    placeholders = torch.tensor([encoder.placeholder_id for encoder in adapter.encoders], device=state.input_ids.device)
+    if torch.isin(state.input_ids, placeholders).any():
+        raise InputError(
+            "the prompt holds image placeholders, but no images came with it. Pass pixel_values with the prompt, and "
+            "prefill in one piece: prefill_chunk_size drops them."
+        )
+
+
 def _note_valid(state: Forward, mask: Any) -> None:
     """Remember which columns are padding of the prompt."""
-    if isinstance(mask, dict):
-        raise UnsupportedFeatureError("this family builds its masks outside the language model; no adapter serves it.")
-    if mask is None or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
         return
-    if mask.shape[1] != state.past + state.length:
-        raise InputError(
-            f"attention_mask covers {mask.shape[1]} columns, the prompt has {state.past + state.length} "
-            f"({state.past} of them in the cache). Pass the mask of the whole conversation."
-        )
+    _check_width(mask, state.past, state.length)
     valid = mask.to(state.device).bool()
     state.past_valid, state.valid = valid[:, : state.past], valid[:, state.past :]
+
+
+def _check_width(mask: Tensor, past: int, length: int) -> None:
+    if mask.shape[1] != past + length:
+        raise InputError(
+            f"attention_mask covers {mask.shape[1]} columns, the prompt has {past + length} "
+            f"({past} of them in the cache). Pass the mask of the whole conversation."
+        )
 
 
 def _full_positions(state: Forward, positions: Tensor | None) -> Tensor:
@@ -154,7 +206,7 @@ def _full_positions(state: Forward, positions: Tensor | None) -> Tensor:
     return positions.expand(*positions.shape[:-2], state.batch, -1)
 
 
-def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> Tensor:
+def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> tuple[Tensor, Visual]:
     """Everything up to the gather: locate the visual tokens, follow the tower's maps, run the `llm_in` stages."""
     if state.input_ids is None:
         raise InputError(
@@ -170,6 +222,7 @@ def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> Ten
     # the one wait for the device in a prefill: how many placeholders and valid columns each prompt has
     counts, state.valid_counts = torch.stack([state.is_visual.sum(1), valid.sum(1)]).tolist()
     visual, images = Visual.locate(state.is_visual, encoded.lengths, encoded.layout, counts)
+    located = visual
     if encoded.token_map is not None:
         visual = visual.follow(encoded.token_map.groups(images))
     for step in plan.at("llm_in"):
@@ -182,7 +235,20 @@ def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> Ten
     if any(have != sum(images) for have, images in zip(visual.lengths, visual.origin, strict=True)):
         state.shorten()
     state.visual_lengths[0] = visual.per_sample(state.batch)
-    return embeds
+    return embeds, located
+
+
+def _cut_columns(state: Forward, located: Visual, dense: Tensor) -> Tensor:
+    """Rows [B, S, D] of the whole prompt, merged and gathered like the embeddings."""
+    visual = state.visual
+    assert visual is not None
+    if not visual.token_map.is_selection:
+        whole = located if len(located.sample) == len(visual.sample) else located.pooled()
+        values = visual.token_map.apply(whole.gather(dense))[:, : visual.column.shape[1]]
+        dense = visual.scatter(dense, values.to(dense.dtype))
+    if state.column is None:
+        return dense
+    return take(dense, state.column).masked_fill((state.column < 0)[..., None], 0)
 
 
 def _text_signals(step: Step, state: Forward, visual: Visual, embeds: Tensor) -> dict[str, Tensor]:
@@ -221,26 +287,41 @@ def _compact_positions(state: Forward, positions: Tensor) -> Tensor:
 def _door_mask(adapter: Adapter, state: Forward, mask: Any, embeds: Tensor) -> Any:
     """The mask argument for what layer 0 holds and sees."""
     new, memory = state.columns(), state.memory
-    held = memory.column(0, state.dense) if memory is not None else state.arange(state.past)
-    columns = torch.cat([held, torch.where(new < 0, -1, new + state.past)], dim=1)
+    if adapter.masks_outside:  # what the cache holds was cut before the masks were built
+        held, past = state.arange(state.held), state.held
+    else:
+        held = memory.column(0, state.dense) if memory is not None else state.arange(state.past)
+        past = state.past
+    columns = torch.cat([held, torch.where(new < 0, -1, new + past)], dim=1)
     ragged = state.ragged or (memory is not None and memory.layers[0].ragged)
+    implementation = adapter.text_config._attn_implementation
+    if state.plan.size_bias:
+        if implementation not in ("eager", "sdpa"):
+            raise UnsupportedFeatureError(
+                f"size_bias=True adds log(size) to attention logits, for which {implementation!r} has no argument. "
+                "Load the model with attn_implementation='sdpa'."
+            )
+        state.bias = _size_bias(state)
+    if isinstance(mask, dict):
+        # these go to the layers as they are, so None is plain causal over all rows
+        whole = masks.causal(columns >= 0, new.shape[1], embeds.dtype, implementation) if ragged else None
+        cut = {name: whole if part is None else masks.cut(part, new, columns) for name, part in mask.items()}
+        return {name: _biased(part, columns, state, embeds) for name, part in cut.items()}
     if mask is None and (ragged or state.cache is None):
         # without a mask and without a cache, gaps in position_ids would be read as packed sequences
-        mask = torch.ones(state.batch, state.past + state.length, dtype=torch.long, device=state.device)
-    if mask is not None:
+        mask = (columns >= 0).long()
+    elif mask is not None:
         mask = masks.cut(mask, new, columns)
-    if not state.plan.size_bias:
+    return _biased(mask, columns, state, embeds)
+
+
+def _biased(mask: Any, columns: Tensor, state: Forward, embeds: Tensor) -> Any:
+    """`mask` with log(size) added for every key, where that is asked for."""
+    if state.bias is None:
         return mask
-    implementation = adapter.text_config._attn_implementation
-    if implementation not in ("eager", "sdpa"):
-        raise UnsupportedFeatureError(
-            f"size_bias=True adds log(size) to attention logits, for which {implementation!r} has no argument. "
-            "Load the model with attn_implementation='sdpa'."
-        )
-    state.bias = _size_bias(state)
     if mask is None or mask.dim() == 2:
         valid = columns >= 0 if mask is None else mask.bool()
-        mask = masks.causal(valid, new.shape[1], embeds.dtype, "eager")
+        mask = masks.causal(valid, embeds.shape[1], embeds.dtype, "eager")
     elif not mask.is_floating_point():
         mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
     return mask + state.bias[:, None, None, :].to(mask.dtype)

@@ -1,23 +1,28 @@
 """Sites before the LLM's input: signals out of the vision tower, and the `tower_out` stages.
 
-The stock encoder runs unchanged up to the projector. The features that stay go through the projector alone, and its
-output is put back on the full grid, so that packing, pooling and placeholder counts of the host never see a
-different shape. What was decided rides on the encoder's output object.
+The stock encoder runs unchanged. `tower_out` acts at one of two points: on what enters the projector, where each of
+its tokens is a token of the LLM (the features that stay go through the projector alone, and its output is put back on
+the full grid, so that packing, unpadding and placeholder counts of the host never see a different shape); or on the
+encoder's `pooler_output`, where the host pools, shuffles or scales tokens on the way. What was decided is translated to
+the LLM's slots and rides on the encoder's output object.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter, Encoder
 from vtc.engine.door import note_encoded
+from vtc.engine.groups import Groups, gather_tokens
 from vtc.engine.plan import Plan
+from vtc.engine.rotary import rotate
 from vtc.engine.state import ATTRIBUTE, ENCODE, Encoded, EncodeState, run_step, stopwatch
-from vtc.engine.visual import budgets
-from vtc.errors import UnsupportedFeatureError
+from vtc.errors import SignalUnavailableError, UnsupportedFeatureError
 from vtc.kernels import attention_rows, received_attention
 from vtc.stages import Signal
 from vtc.tokenmap import TokenMap
@@ -30,42 +35,51 @@ def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
     """Wrap the encoders of the model; what takes it off again goes to `undo`, step by step."""
     for encoder in adapter.encoders:
         undo.append(_wrap(adapter, plan, encoder))
-        steps = plan.at("tower_out")
-        if not steps:
+        if not plan.at("tower_out"):
             continue
         names = {signal.name for signal in plan.signals("tower_out")}
         if names & {"cls_attention", "received_attention"}:
             undo.append(_capture(encoder.attention.query, encoder, "query"))
         if names & {"cls_attention", "received_attention", "keys"}:
             undo.append(_capture(encoder.attention.key, encoder, "key"))
+            if encoder.rotary or encoder.segments is not None:
+                hook = functools.partial(_capture_arguments, encoder)
+                undo.append(encoder.signal_block.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if "cls_hidden" in names:
             for i, layer in enumerate(encoder.feature_layers):
                 undo.append(_capture(layer, encoder, f"hidden{i}"))
-        features = functools.partial(_compress_features, adapter, plan, encoder)
-        undo.append(encoder.features.register_forward_pre_hook(features).remove)
-        undo.append(encoder.features.register_forward_hook(functools.partial(_restore_grid, encoder)).remove)
+        if encoder.features is not None:
+            features = functools.partial(_compress_features, adapter, plan, encoder)
+            undo.append(encoder.features.register_forward_pre_hook(features).remove)
+            undo.append(encoder.features.register_forward_hook(functools.partial(_restore_grid, encoder)).remove)
 
 
 def _wrap(adapter: Adapter, plan: Plan, encoder: Encoder) -> Undo:
     inner = adapter.inner
     had = encoder.method in vars(inner)
     original = getattr(inner, encoder.method)
+    signature = inspect.signature(original)
 
     @functools.wraps(original)  # generate reads the signature to know which inputs to hand over
     def encode(*args: Any, **kwargs: Any) -> Any:
+        if ENCODE.get() is not None:  # an encoder that calls another one
+            return original(*args, **kwargs)
         if kwargs.get("vision_feature_layer") not in (None, getattr(inner.config, "vision_feature_layer", None)):
             raise UnsupportedFeatureError(
                 f"vision_feature_layer={kwargs['vision_feature_layer']} differs from the config's, and the signals are "
                 "captured at the config's layer. Set model.config.vision_feature_layer before patching."
             )
-        state = EncodeState(encoder)
+        bound = signature.bind_partial(*args, **kwargs).arguments
+        state = EncodeState(encoder, arguments={**bound, **bound.get("kwargs", {})})
         token = ENCODE.set(state)
         try:
             output = original(*args, **kwargs)
         finally:
             ENCODE.reset(token)
         if not isinstance(output, tuple):
-            lengths, layout = adapter.layout(encoder, output, kwargs)
+            lengths, layout = adapter.layout(encoder, output, state.arguments)
+            if encoder.features is None and plan.at("tower_out"):
+                _compress_output(adapter, plan, state, output, lengths, layout)
             encoded = Encoded(plan, lengths, layout, state.token_map, state.seconds)
             setattr(output, ATTRIBUTE, encoded)
             note_encoded(encoder.modality, encoded)
@@ -82,80 +96,175 @@ def _wrap(adapter: Adapter, plan: Plan, encoder: Encoder) -> Undo:
     return undo
 
 
+def _state_of(encoder: Encoder) -> EncodeState | None:
+    """The running call of `encoder`, None while another one or none runs."""
+    state = ENCODE.get()
+    return state if state is not None and state.encoder.method == encoder.method else None
+
+
 def _capture(module: nn.Module, encoder: Encoder, name: str) -> Undo:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        state = ENCODE.get()
-        if state is not None and state.encoder.method == encoder.method:
+        state = _state_of(encoder)
+        if state is not None:
             state.captured[name] = output[0] if isinstance(output, tuple) else output
 
     return module.register_forward_hook(hook).remove
 
 
+def _capture_arguments(encoder: Encoder, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    state = _state_of(encoder)
+    if state is not None:
+        state.block = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+
+
 def _compress_features(adapter: Adapter, plan: Plan, encoder: Encoder, module: nn.Module, args: Any) -> Any:
     """Pre-hook of the projector: [G, N, D] -> [G, K, D]."""
-    state = ENCODE.get()
-    if state is None or state.encoder.method != encoder.method:
+    state = _state_of(encoder)
+    if state is None:
         return None
     x = args[0]
     with stopwatch(x.device) as watch:
-        lengths = (x.shape[1],) * x.shape[0]
-        side = int(x.shape[1] ** 0.5)
-        layout = Layout.grid(side, side, x.shape[0], device=x.device) if side * side == x.shape[1] else None
-        total: TokenMap | None = None
-        for step in plan.at("tower_out"):
-            origin = ((args[0].shape[1],),) * x.shape[0]
-            wanted = budgets(step.budget, origin, lengths, layout)
-            tokens = Tokens(x, lengths, layout, _signals(state, encoder, step.stage.signals), budget=wanted)
-            if any(signal.name == "cls_hidden" for signal in step.stage.signals):
-                tokens = _with_cls(tokens, state, encoder)
-            token_map = run_step(step, tokens)
-            x = token_map.apply(tokens.x)
-            token_map = _without_prefix(token_map, tokens.num_prefix)
-            total = token_map if total is None else total.then(token_map)
-            lengths = token_map.lengths
-            x = x[:, : max(lengths)]
-            layout = None if layout is None else layout.take(token_map.anchor[:, : max(lengths)])
-    state.token_map, state.num_tokens, state.seconds = total, args[0].shape[1], watch.seconds
-    return (x, *args[1:])
+        packing = adapter.packing(encoder, state.arguments)
+        groups = Groups.of(packing, x, _square(x) if packing is None else None)
+        x, total = _decide(plan, encoder, state, groups)
+        if total is not None:
+            state.token_map = total if packing is None else groups.to_images(total, packing)
+            state.place = groups.place(total.anchor[:, : x.shape[1]])
+            state.shape = args[0].shape
+            state.rows = groups.rows
+    state.seconds = watch.seconds
+    return None if total is None else (x, *args[1:])
 
 
 def _restore_grid(encoder: Encoder, module: nn.Module, args: Any, output: Any) -> Any:
     """Hook of the projector: [G, K, D'] -> [G, N, D'], features at their anchors, zeros elsewhere."""
-    state = ENCODE.get()
-    if state is None or state.encoder.method != encoder.method or state.token_map is None:
+    state = _state_of(encoder)
+    if state is None or state.place is None or state.shape is None:
         return None
-    anchor = state.token_map.anchor[:, : output.shape[1]]
-    full = output.new_zeros(output.shape[0], state.num_tokens + 1, output.shape[2])
-    # padding slots (anchor -1) go to an extra row in front that is cut off
-    return full.scatter(1, (anchor + 1)[..., None].expand_as(output), output)[:, 1:]
+    full = output.new_zeros(state.shape[0], state.shape[1] + 1, output.shape[2])
+    # padding slots (place -1) go to an extra row in front that is cut off
+    rows = torch.tensor(state.rows, device=output.device)[:, None]
+    return full.index_put((rows, state.place + 1), output)[:, 1:]
 
 
-def _signals(state: EncodeState, encoder: Encoder, wanted: tuple[Signal, ...]) -> dict[str, Tensor]:
+def _compress_output(
+    adapter: Adapter, plan: Plan, state: EncodeState, output: Any, lengths: tuple[int, ...], layout: Layout
+) -> None:
+    """Run the stages on the features that leave the encoder; merged ones are written in their anchors' places."""
+    parts = list(output.pooler_output)
+    flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+    x = nn.utils.rnn.pad_sequence(list(flat.split(list(lengths))), batch_first=True)
+    with stopwatch(x.device) as watch:
+        packing = adapter.packing(state.encoder, state.arguments)
+        groups = Groups.of(packing, x, layout, lengths)
+        kept, total = _decide(plan, state.encoder, state, groups)
+        if total is not None:
+            state.token_map = total if packing is None else groups.to_images(total, packing)
+    state.seconds = watch.seconds
+    if total is None or total.is_selection:
+        return
+    rows = torch.tensor(groups.rows, device=x.device)[:, None]
+    place = groups.place(total.anchor[:, : kept.shape[1]])
+    full = torch.cat([x.new_zeros(x.shape[0], 1, x.shape[2]), x], dim=1).index_put((rows, place + 1), kept)[:, 1:]
+    flat = torch.cat([image[:n] for image, n in zip(full, lengths, strict=True)])
+    sizes = [part.numel() // part.shape[-1] for part in parts]
+    pieces = [piece.reshape(part.shape) for piece, part in zip(flat.split(sizes), parts, strict=True)]
+    is_tensor = isinstance(output.pooler_output, Tensor)
+    output.pooler_output = torch.stack(pieces) if is_tensor else type(output.pooler_output)(pieces)
+
+
+def _decide(
+    plan: Plan, encoder: Encoder, state: EncodeState, groups: Groups
+) -> tuple[Float[Tensor, "G K D"], TokenMap | None]:
+    """Run the stages: the features that stay and the map to them; None where the budgets cover everything."""
+    x, lengths, layout = groups.x, groups.lengths, groups.layout
+    total: TokenMap | None = None
+    for step in plan.at("tower_out"):
+        for signal in step.stage.signals:
+            reason = encoder.lacks(signal.name)
+            if reason is not None:
+                raise SignalUnavailableError(
+                    f"{step} reads {signal.name!r}, which {encoder.modality}s cannot give here: {reason}."
+                )
+        wanted = groups.budgets(step.budget, lengths, layout)
+        covers_all = all(k >= n for k, n in zip(wanted, lengths, strict=True))
+        if total is None and covers_all and "adaptive" not in step.method.tags:
+            continue  # nothing is touched, so the features stay bit for bit
+        signals = _signals(state, encoder, groups, step.stage.signals, total)
+        tokens = Tokens(x, lengths, layout, signals, budget=wanted)
+        if any(signal.name == "cls_hidden" for signal in step.stage.signals):
+            tokens = _with_cls(tokens, state, encoder, groups)
+        token_map = run_step(step, tokens)
+        x = token_map.apply(tokens.x)
+        token_map = _without_prefix(token_map, tokens.num_prefix)
+        total = token_map if total is None else total.then(token_map)
+        lengths = token_map.lengths
+        x = x[:, : max(lengths)]
+        layout = None if layout is None else layout.take(token_map.anchor[:, : max(lengths)])
+    return x, total
+
+
+def _square(x: Tensor) -> Layout | None:
+    side = int(x.shape[1] ** 0.5)
+    return Layout.grid(side, side, x.shape[0], device=x.device) if side * side == x.shape[1] else None
+
+
+def _signals(
+    state: EncodeState, encoder: Encoder, groups: Groups, wanted: tuple[Signal, ...], total: TokenMap | None
+) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     attention, prefix, captured = encoder.attention, encoder.num_prefix, state.captured
     skip = prefix if encoder.drops_prefix else 0
-    keys = attention.split_keys(captured["key"]) if "key" in captured else None
+    keys = _heads(state, encoder, "key") if "key" in captured else torch.empty(0)
     for signal in wanted:
         if signal.name == "cls_attention":
             rows = attention.split_queries(captured["query"][:, :1])
-            found["cls_attention"] = attention_rows(rows, keys, scale=attention.scale)[:, 0, skip:]
+            value = attention_rows(rows, keys, scale=attention.scale)[:, 0, skip:]
         elif signal.name == "received_attention":
-            queries = attention.split_queries(captured["query"])
-            found["received_attention"] = received_attention(queries, keys, scale=attention.scale)[:, skip:]
-        elif signal.name == "keys" and keys is not None:
-            has_cls = any(other.name == "cls_hidden" for other in wanted)
-            found["keys"] = keys if has_cls else keys[:, :, skip:]
+            queries = _heads(state, encoder, "query")
+            segments = encoder.segments(state.block) if encoder.segments is not None else None
+            value = received_attention(queries, keys, segments=segments, scale=attention.scale)[:, skip:]
+        elif signal.name == "keys":
+            value = keys[:, :, skip:]
+        else:
+            continue
+        value = groups.take(_pooled(value, state, encoder))
+        if total is not None:
+            value = gather_tokens(value, total.anchor)
+        if signal.name == "keys" and any(other.name == "cls_hidden" for other in wanted):
+            value = torch.cat([keys[groups.rows, :, :skip], value], dim=2)
+        found[signal.name] = value
     return found
 
 
-def _with_cls(tokens: Tokens, state: EncodeState, encoder: Encoder) -> Tokens:
+def _heads(state: EncodeState, encoder: Encoder, name: str) -> Tensor:
+    """Queries or keys [T, H, N, d] of the block that gives the signals, rotated where the tower rotates them."""
+    split = encoder.attention.split_queries if name == "query" else encoder.attention.split_keys
+    heads = split(state.captured[name])
+    if not encoder.rotary:
+        return heads
+    cos, sin = (part[None].float() for part in state.block["position_embeddings"])
+    return rotate(heads.float(), cos, sin)
+
+
+def _pooled(value: Tensor, state: EncodeState, encoder: Encoder) -> Tensor:
+    """A signal ([T, N] or [T, H, N, d]) of the tower's patches as one of the tokens at `tower_out`."""
+    if encoder.pool is None:
+        return value
+    if value.dim() == 2:
+        return encoder.pool(value[..., None], state.arguments)[..., 0]
+    heads = value.shape[1]
+    pooled = encoder.pool(value.transpose(1, 2).flatten(2).float(), state.arguments)
+    return pooled.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _with_cls(tokens: Tokens, state: EncodeState, encoder: Encoder, groups: Groups) -> Tokens:
     """The same tokens with the [CLS] of the feature layers in front."""
-    hidden = [state.captured[f"hidden{i}"][:, :1] for i in range(len(encoder.feature_layers))]
+    hidden = [state.captured[f"hidden{i}"][groups.rows, :1] for i in range(len(encoder.feature_layers))]
     x = torch.cat([torch.cat(hidden, dim=-1), tokens.x], dim=1)
     layout = tokens.layout
     if layout is not None:
-        parts = (nn.functional.pad(part, (1, 0), value=-1) for part in (layout.row, layout.col, layout.segment))
-        layout = Layout(*parts, grids=layout.grids)
+        layout = layout.map(lambda part: nn.functional.pad(part, (1, 0), value=-1))
     return Tokens(x, tokens.lengths, layout, tokens.signals, num_prefix=1, budget=tokens.budget)
 
 

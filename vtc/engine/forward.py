@@ -24,6 +24,7 @@ class Forward:
     plan: Plan
     input_ids: Tensor | None
     encoded: dict[str, Encoded] = field(default_factory=dict)
+    mask: Tensor | None = None  # the 2-D mask that the inner model got, where it builds the masks of the layers
     token: "Token[Forward | None] | None" = None
 
     # what came in
@@ -53,7 +54,7 @@ class Forward:
     place: Int[Tensor, "B R"] | None = None  # rows -> rows at the door; None until a layer dropped something
     shift: Int[Tensor, " B"] | None = None
     bias: Tensor | None = None
-    shared: dict[int, dict[str, Any]] = field(default_factory=dict)  # arguments cut once for many layers
+    shared: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)  # arguments cut once for many layers
     captured: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     # what was done

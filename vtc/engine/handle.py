@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vtc.adapter import Adapter, adapter_for
+from vtc.adapter import Adapter, adapter_for, unwrap
 from vtc.engine import door, encoder, layers
 from vtc.engine.forward import Forward
 from vtc.engine.plan import Plan, make_plan
@@ -50,6 +50,7 @@ def patch(
     Nothing has changed when an error is raised.
     """
     _check_model(model)
+    model = unwrap(model)
     active = _ACTIVE.get(model)
     if active is not None:
         raise StateError(
@@ -71,6 +72,8 @@ def compress(
     size_bias: bool = False,
 ) -> "Iterator[Handle]":
     """`patch` for the length of a `with` block; an outer patch of the same model is put back at its end."""
+    _check_model(model)
+    model = unwrap(model)
     handle = Handle(model, parse(spec, budget), positions, size_bias)
     outer = _ACTIVE.get(model)
     if outer is not None:

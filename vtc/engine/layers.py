@@ -17,6 +17,7 @@ from vtc.engine import masks
 from vtc.engine.door import apply_step
 from vtc.engine.forward import FORWARD, Forward, lookup, take
 from vtc.engine.plan import Plan, Step
+from vtc.engine.rotary import rotate
 from vtc.engine.state import stopwatch
 from vtc.engine.visual import Visual
 from vtc.errors import UnsupportedFeatureError
@@ -50,12 +51,6 @@ def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
             .register_forward_pre_hook(functools.partial(_capture_rotation, index), with_kwargs=True)
             .remove,
         ]
-
-
-def rotate(x: Float[Tensor, "B H L d"], cos: Float[Tensor, "B L d"], sin: Float[Tensor, "B L d"]) -> Tensor:
-    """Rotary position embedding in the half-split form of all supported families."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
 
 
 def _source(index: int, signal: Signal) -> int:
@@ -121,7 +116,8 @@ def _arguments(
     before = state.memory.layers[index] if state.memory is not None else None
     if state.place is None and (before is None or before.place is None):
         return {}
-    key = id(before)
+    # layers of different kinds (sliding window, local RoPE) get different masks and rotations
+    key = id(before), id(kwargs.get("attention_mask")), id(kwargs["position_embeddings"])
     if key in state.shared:
         return state.shared[key]
     cut: dict[str, Any] = {}

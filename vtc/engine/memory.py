@@ -94,6 +94,8 @@ def remember(cache: Any, memory: Memory) -> None:
     # instance attributes, not a class: they go with the cache, survive copies, and nothing global changes
     cache.get_seq_length = functools.partial(_logical_length, cache)
     cache.get_query_offset = functools.partial(held_length, cache)
+    # one width for every mask, that of layer 0, whichever layer the host sizes it by
+    cache.get_mask_sizes = functools.partial(_mask_sizes, cache)
 
 
 def check_cache(cache: Any) -> None:
@@ -112,6 +114,10 @@ def check_cache(cache: Any) -> None:
 def held_length(cache: Any, layer_idx: int = 0) -> int:
     """Entries that a layer really holds."""
     return int(cache.layers[layer_idx].get_seq_length()) if layer_idx < len(cache.layers) else 0
+
+
+def _mask_sizes(cache: Any, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    return held_length(cache) + query_length, 0
 
 
 def _logical_length(cache: Any, layer_idx: int = 0) -> int:

@@ -7,6 +7,22 @@ from vtc.errors import SignalUnavailableError, SpecError, UnsupportedFeatureErro
 from vtc.stages import Method, Signal, Stage
 from vtc.tokens import Budget
 
+#: the signals that the engine captures at each site
+CAPTURED = {
+    "tower_out": ("cls_attention", "cls_hidden", "received_attention", "keys"),
+    "llm_in": ("text_embeds", "text_after"),
+    "layer": (
+        "keys",
+        "normed_states",
+        "position",
+        "query_attention",
+        "text_after",
+        "text_keys",
+        "text_position",
+        "text_states",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -61,9 +77,14 @@ def make_plan(adapter: Adapter, methods: tuple[Method, ...], positions: str, siz
     steps = [Step(method, stage, method.budget_for(stage)) for method in methods for stage in method.stages()]
     steps.sort(key=lambda step: step.stage.site.order)
     if positions == "auto":
-        positions = methods[0].positions if methods else "original"
+        positions = methods[0].positions if methods and not adapter.multimodal_positions else "original"
     if positions not in ("original", "compact"):
         raise SpecError(f"positions={positions!r} is unknown. Use 'original', 'compact' or 'auto'.")
+    if positions == "compact" and adapter.multimodal_positions:
+        raise UnsupportedFeatureError(
+            f"positions='compact' has no meaning for {adapter.family}, whose positions are places on the image "
+            "(M-RoPE). Use positions='original', or 'auto'."
+        )
     for step in steps:
         _check(adapter, step)
     plan = Plan(methods, tuple(steps), positions, size_bias)
@@ -83,6 +104,9 @@ def _check(adapter: Adapter, step: Step) -> None:
         count = len(adapter.layers)
         # layer 0 sees exactly what llm_in sees, but its signals come from a layer before it
         lowest = 1 if step.stage.signals else 0
+        first, why = adapter.lowest_layer
+        if lowest <= (site.index or 0) < first:
+            raise SpecError(f"{step}: {why}. The first layer where this stage can act is {first}, e.g. '@{first}'.")
         if not lowest <= (site.index or 0) < count:
             raise SpecError(f"{step}: the LLM has layers {lowest}..{count - 1} where this stage can act (0-based).")
     if step.budget.per == "sample" and site.name == "tower_out":
@@ -90,6 +114,17 @@ def _check(adapter: Adapter, step: Step) -> None:
             f"{step}: per='sample' cannot be met where images are encoded one by one. Use per='image'."
         )
     for signal in step.stage.signals:
+        if signal.rows == "mean" and adapter.masks_outside:
+            raise SignalUnavailableError(
+                f"{step} reads {signal.name!r} of all query rows, which assumes causal attention, and the prompts of "
+                f"{adapter.family} are partly bidirectional. Use query='last'."
+            )
+        if signal.name not in CAPTURED.get(site.name, ()) or (site.name == "tower_out" and signal.layer):
+            other = f" of the layer {signal.layer:+d} from it" if signal.layer else ""
+            raise SignalUnavailableError(
+                f"{step} reads {signal.name!r}{other}, which the engine does not capture at {site.name} yet. "
+                "See the options of the method for another score, or use a method that reads other signals."
+            )
         reason = adapter.unavailable(signal.name, site.name)
         if reason is not None:
             raise SignalUnavailableError(

@@ -40,9 +40,13 @@ class EncodeState:
     """One call of an encoder."""
 
     encoder: Encoder
+    arguments: dict[str, Any] = field(default_factory=dict)
     captured: dict[str, Tensor] = field(default_factory=dict)
-    token_map: TokenMap | None = None
-    num_tokens: int = 0
+    block: dict[str, Any] = field(default_factory=dict)  # arguments of the block that gives the signals
+    token_map: TokenMap | None = None  # of the images' slots in the LLM
+    place: Tensor | None = None  # [G, K] place of each feature that stays in the group that the projector got
+    rows: list[int] = field(default_factory=list)  # those groups
+    shape: torch.Size | None = None  # of what entered the projector
     seconds: float = 0.0
 
 
@@ -50,13 +54,14 @@ ENCODE: ContextVar[EncodeState | None] = ContextVar("vtc_encode", default=None)
 
 
 def run_step(step: Step, tokens: Tokens) -> TokenMap:
-    """Run a stage on `tokens`; a budget that covers every group keeps all and skips the stage.
+    """Run a stage on `tokens`; a budget that covers every group keeps all, and the stage is not asked.
 
     Raises:
         InputError: NaN or infinite features or signals.
         VTCError: whatever the stage raises on purpose, with the step named.
     """
-    if all(k >= n for k, n in zip(tokens.budget, tokens.lengths, strict=True)):
+    covers_all = all(k >= n for k, n in zip(tokens.budget, tokens.lengths, strict=True))
+    if covers_all and "adaptive" not in step.method.tags:  # to an adaptive method, all is a ceiling
         identity = TokenMap.identity(tokens.lengths, tokens.x.device)
         if not tokens.num_prefix:
             return identity

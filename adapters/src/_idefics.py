@@ -1,0 +1,66 @@
+"""What Idefics3 and SmolVLM have in common: SigLIP-like tower, pixel shuffle connector, tiles wrapped in text.
+
+The encoder gets the tiles of each prompt without knowing to which image they belong, so a tile is what budgets per
+image count. `tower_out` acts between the pixel shuffle and the projection.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.adapter import Encoder
+from vtc.adapters._layout import block_mean
+from vtc.adapters._llama import LlamaAdapter
+from vtc.adapters._vit import tower_attention, tower_layers
+from vtc.tokens import Layout
+
+
+class IdeficsAdapter(LlamaAdapter):
+    """`vision_model`, `connector` and `text_model`."""
+
+    @property
+    def language_model(self) -> Any:
+        return self.inner.text_model
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        tower = self.inner.vision_model
+        last = tower_layers(tower)[-1]
+        return (
+            Encoder(
+                modality="image",
+                method="get_image_features",
+                placeholder_id=self.model.config.image_token_id,
+                tower=tower,
+                features=self.inner.connector.modality_projection,
+                feature_layers=(last,),
+                attention=tower_attention(last),
+                num_prefix=0,
+                drops_prefix=True,
+                segments=unpadded,
+                pool=self._shuffle,
+            ),
+        )
+
+    def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
+        prompts = output.pooler_output
+        count = self.inner.image_seq_len
+        tiles = sum(len(prompt) for prompt in prompts) // count
+        side = round(count**0.5)
+        return (count,) * tiles, Layout.grid(side, side, groups=tiles, device=prompts[0].device)
+
+    def _shuffle(self, signal: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """Mean over the patches that pixel shuffle puts into one token."""
+        return block_mean(signal, round(signal.shape[1] ** 0.5), self.inner.connector.scale_factor)
+
+
+def unpadded(arguments: Mapping[str, Any]) -> Tensor | None:
+    """0 for patches of the image, -1 for patches of its padding, [tiles, patches]; None where there is no padding."""
+    mask = arguments.get("attention_mask")
+    if mask is None:
+        return None
+    seen = mask[:, 0, 0] if mask.dim() == 4 else mask
+    seen = seen == 0 if seen.is_floating_point() else seen.bool()
+    return torch.where(seen, 0, -1)

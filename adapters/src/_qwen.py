@@ -1,0 +1,94 @@
+"""What the Qwen-VL towers have in common: fused qkv, rotary positions, packed images, patches in merge blocks.
+
+Patches come in blocks of merge x merge, each block one token of the LLM, so `tower_out` acts on what leaves the merger.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapter import Attention, Encoder
+from vtc.adapters._layout import ragged_layout, raster
+from vtc.adapters._llama import LlamaAdapter
+from vtc.tokens import Layout
+
+
+class QwenAdapter(LlamaAdapter):
+    """`visual` and `language_model` of a Qwen-VL model."""
+
+    multimodal_positions = True
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        config = self.model.config
+        return (
+            self._encoder("image", "get_image_features", config.image_token_id),
+            self._encoder("video", "get_video_features", config.video_token_id),
+        )
+
+    def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
+        grids = tuple(((h, w),) * t for t, h, w in self.merged_grids(arguments))
+        lengths = tuple(sum(h * w for h, w in image) for image in grids)
+        layout = ragged_layout([raster(image) for image in grids], grids, output.pooler_output[0].device)
+        return lengths, layout
+
+    def merged_grids(self, arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+        """Frames, rows and columns of each image's tokens in the LLM."""
+        grid = next(arguments[name] for name in ("image_grid_thw", "video_grid_thw") if name in arguments)
+        merge = self.inner.visual.spatial_merge_size
+        return [(t, h // merge, w // merge) for t, h, w in grid.tolist()]
+
+    @property
+    def signal_block(self) -> Any:
+        """The block whose attention gives the signals: the last."""
+        return self.inner.visual.blocks[-1]
+
+    def merged_order(self, arguments: Mapping[str, Any], device: torch.device) -> Tensor | None:
+        """Where each token of the LLM, in raster order, stands among the tower's merge blocks; None: in this order."""
+        return None
+
+    def pool(self, signal: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """Mean over the patches of each merge block: [1, patches, C] -> [images, tokens, C]."""
+        block = self.inner.visual.spatial_merge_size**2
+        merged = signal[0].unflatten(0, (-1, block)).mean(dim=1)
+        order = self.merged_order(arguments, signal.device)
+        if order is not None:
+            merged = merged[order]
+        lengths = [t * h * w for t, h, w in self.merged_grids(arguments)]
+        return nn.utils.rnn.pad_sequence(list(merged.split(lengths)), batch_first=True)
+
+    def _encoder(self, modality: str, method: str, placeholder: int) -> Encoder:
+        tower = self.inner.visual
+        attention = self.signal_block.attn
+        return Encoder(
+            modality=modality,
+            method=method,
+            placeholder_id=placeholder,
+            tower=tower,
+            features=None,
+            feature_layers=(tower.blocks[-1],),
+            attention=Attention(
+                query=attention.qkv,
+                key=attention.qkv,
+                num_heads=attention.num_heads,
+                num_key_heads=attention.num_heads,
+                head_dim=attention.head_dim,
+                scale=attention.scaling,
+                fused=True,
+            ),
+            num_prefix=0,
+            drops_prefix=True,
+            block=self.signal_block,
+            rotary=True,
+            segments=segments,
+            pool=self.pool,
+        )
+
+
+def segments(arguments: Mapping[str, Any]) -> Tensor:
+    """The segment of each patch, [1, patches], from the block's `cu_seqlens`: frames, or windows."""
+    ends = arguments["cu_seqlens"].long()
+    numbers = torch.arange(len(ends) - 1, device=ends.device)
+    return torch.repeat_interleave(numbers, ends.diff())[None]

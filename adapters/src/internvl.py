@@ -1,0 +1,54 @@
+"""InternVL (the `-HF` checkpoints): tiles of 448 pixels, pixel shuffle 2x2 -> 1, tiles of an image in one run.
+
+The encoder gets tiles without knowing to which image they belong, so a tile is what budgets per image count.
+`tower_out` acts between the pixel shuffle and the projector.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vtc.adapter import Encoder, register_adapter
+from vtc.adapters._layout import block_mean
+from vtc.adapters._llama import LlamaAdapter
+from vtc.adapters._vit import feature_layers, has_cls, tower_attention
+from vtc.tokens import Layout
+
+
+@register_adapter
+class InternVLAdapter(LlamaAdapter):
+    """`InternVLForConditionalGeneration`."""
+
+    family = "internvl"
+    model_types = ("internvl",)
+    checkpoints = ("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF")
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        config, tower = self.model.config, self.inner.vision_tower
+        chosen = feature_layers(tower, config.vision_feature_layer)
+        return (
+            Encoder(
+                modality="image",
+                method="get_image_features",
+                placeholder_id=config.image_token_id,
+                tower=tower,
+                features=self.inner.multi_modal_projector,
+                feature_layers=chosen,
+                attention=tower_attention(chosen[-1]),
+                num_prefix=int(has_cls(tower)),
+                drops_prefix=config.vision_feature_select_strategy == "default",
+                pool=self._shuffle,
+            ),
+        )
+
+    def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
+        features = output.pooler_output
+        side = round(features.shape[1] ** 0.5)
+        layout = Layout.grid(side, side, groups=features.shape[0], device=features.device)
+        return (features.shape[1],) * features.shape[0], layout
+
+    def _shuffle(self, signal: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """Mean over the patches that pixel shuffle puts into one token: 2x2 blocks of the raster grid."""
+        return block_mean(signal, round(signal.shape[1] ** 0.5), round(1 / self.model.config.downsample_ratio))

@@ -1,0 +1,107 @@
+"""LLaVA-NeXT: AnyRes. A low-resolution base tile, then a grid of tiles, unpadded, with a newline after each row.
+
+`tower_out` acts on each tile before the projector. Tokens of tiles that the host cuts off as padding are hidden from
+the stages. A newline stays exactly if a token of its row stays.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.adapter import Encoder, Packing, register_adapter
+from vtc.adapters._layout import ragged_layout
+from vtc.adapters._llama import LlamaAdapter
+from vtc.adapters._vit import feature_layers, has_cls, tower_attention
+from vtc.tokens import Layout
+
+
+@register_adapter
+class LlavaNextAdapter(LlamaAdapter):
+    """`LlavaNextForConditionalGeneration`."""
+
+    family = "llava_next"
+    model_types = ("llava_next",)
+    checkpoints: ClassVar[tuple[str, ...]] = (
+        "llava-hf/llava-v1.6-vicuna-7b-hf",
+        "llava-hf/llava-v1.6-vicuna-13b-hf",
+        "llava-hf/llava-v1.6-mistral-7b-hf",
+    )
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        return (self.image_encoder,)
+
+    @property
+    def image_encoder(self) -> Encoder:
+        """How images are encoded."""
+        config, tower = self.model.config, self.inner.vision_tower
+        chosen = feature_layers(tower, config.vision_feature_layer)
+        return Encoder(
+            modality="image",
+            method="get_image_features",
+            placeholder_id=config.image_token_id,
+            tower=tower,
+            features=self.inner.multi_modal_projector,
+            feature_layers=chosen,
+            attention=tower_attention(chosen[-1]),
+            num_prefix=int(has_cls(tower)),
+            drops_prefix=config.vision_feature_select_strategy == "default",
+        )
+
+    @property
+    def side(self) -> int:
+        """Patches on each side of a tile."""
+        vision = self.model.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    def packing(self, encoder: Encoder, arguments: Mapping[str, Any]) -> Packing | None:
+        """Found by sending token numbers through the host's own packing, so that unpadding is the host's."""
+        sizes = arguments["image_sizes"]
+        tiles = self._tiles(sizes)
+        area = self.side**2
+        numbers = torch.arange(1, sum(tiles) * area + 1, dtype=torch.float64).reshape(sum(tiles), area, 1)
+        strategy = self.model.config.vision_feature_select_strategy
+        packed, _ = self.inner.pack_image_features(
+            list(numbers.split(tiles)), sizes, strategy, image_newline=torch.zeros(1, dtype=torch.float64)
+        )
+        slot = torch.full((sum(tiles) * area,), -1)
+        separator = torch.full_like(slot, -1)
+        places, first = [], 0
+        for image, count in zip(packed, tiles, strict=True):
+            token = image[:, 0].long() - 1
+            at = torch.arange(len(token))
+            newline = token < 0
+            slot[token[~newline]] = at[~newline]
+            ends = torch.searchsorted(at[newline], at)  # newlines before each slot
+            # the base tile of a tiled image has no newlines of its own
+            in_rows = ~newline & (token >= (first + 1) * area if count > 1 else token >= 0)
+            separator[token[in_rows]] = at[newline][ends[in_rows]]
+            inside, tile = token % area, token // area - first
+            parts = (inside // self.side, inside % self.side, tile)
+            places.append(tuple(part.masked_fill(newline, -1) for part in parts))
+            first += count
+        grids = [((self.side, self.side),) * count for count in tiles]
+        return Packing(
+            slot.view(-1, area),
+            tuple(image for image, count in enumerate(tiles) for _ in range(count)),
+            tuple(len(image) for image in packed),
+            ragged_layout(places, grids),  # type: ignore[arg-type]
+            separator.view(-1, area),
+        )
+
+    def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
+        packing = self.packing(encoder, arguments)
+        assert packing is not None
+        return packing.lengths, packing.layout.to(output.pooler_output[0].device)
+
+    def _tiles(self, sizes: Tensor) -> list[int]:
+        """Tiles of each image, base tile included."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = self.model.config
+        return [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            for size in sizes
+        ]

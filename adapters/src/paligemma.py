@@ -1,0 +1,49 @@
+"""PaliGemma 1 and 2: SigLIP patches, one linear projection, a prompt that is bidirectional as a whole."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vtc.adapter import Encoder, register_adapter
+from vtc.adapters._llama import LlamaAdapter
+from vtc.adapters._vit import tower_attention, tower_layers
+from vtc.tokens import Layout
+
+
+@register_adapter
+class PaliGemmaAdapter(LlamaAdapter):
+    """`PaliGemmaForConditionalGeneration`."""
+
+    family = "paligemma"
+    model_types = ("paligemma",)
+    checkpoints = ("google/paligemma-3b-mix-224", "google/paligemma2-3b-mix-448", "google/paligemma2-10b-mix-448")
+    masks_outside = True
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        tower = self.inner.vision_tower
+        last = tower_layers(tower)[-1]
+        return (
+            Encoder(
+                modality="image",
+                method="get_image_features",
+                placeholder_id=self.model.config.image_token_id,
+                tower=tower,
+                features=self.inner.multi_modal_projector,
+                feature_layers=(last,),
+                attention=tower_attention(last),
+                num_prefix=0,
+                drops_prefix=True,
+            ),
+        )
+
+    def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
+        features = output.pooler_output
+        side = round(features.shape[1] ** 0.5)
+        layout = Layout.grid(side, side, groups=features.shape[0], device=features.device)
+        return (side * side,) * features.shape[0], layout
+
+    def unavailable(self, signal: str, site: str) -> str | None:
+        capped = getattr(self.text_config, "attn_logit_softcapping", None)
+        if site == "layer" and "attention" in signal and capped is not None:
+            return f"its decoder caps attention logits at {capped}, which the recomputed attention does not"
+        return super().unavailable(signal, site)

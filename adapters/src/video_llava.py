@@ -1,0 +1,70 @@
+"""Video-LLaVA: two CLIP towers, one for images and one for frames; frames keep their [CLS] among the tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtc.adapter import Encoder, Packing, register_adapter
+from vtc.adapters._llama import LlamaAdapter
+from vtc.adapters._vit import feature_layers, has_cls, tower_attention
+from vtc.adapters.llava_next_video import frame_packing
+from vtc.tokens import Layout
+
+
+@register_adapter
+class VideoLlavaAdapter(LlamaAdapter):
+    """`VideoLlavaForConditionalGeneration`."""
+
+    family = "video_llava"
+    model_types = ("video_llava",)
+    checkpoints = ("LanguageBind/Video-LLaVA-7B-hf",)
+
+    @property
+    def encoders(self) -> tuple[Encoder, ...]:
+        config = self.model.config
+        default = config.vision_feature_select_strategy == "default"
+        return (
+            self._encoder("image", self.inner.image_tower, config.image_token_id, default),
+            # the host never takes [CLS] off frames
+            self._encoder("video", self.inner.video_tower, config.video_token_id, False),
+        )
+
+    def packing(self, encoder: Encoder, arguments: Mapping[str, Any]) -> Packing | None:
+        if encoder.modality == "image":
+            return None
+        videos, frames = arguments["pixel_values_videos"].shape[:2]
+
+        def with_cls(part: Tensor) -> Tensor:
+            return nn.functional.pad(part.unflatten(1, (frames, -1)), (encoder.num_prefix, 0), value=-1).flatten(1)
+
+        return frame_packing(videos, frames, Layout.grid(self._side, self._side, videos, frames).map(with_cls))
+
+    def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
+        features = output.pooler_output
+        packing = self.packing(encoder, arguments)
+        if packing is not None:
+            return packing.lengths, packing.layout.to(features.device)
+        grid = Layout.grid(self._side, self._side, features.shape[0], device=features.device)
+        extra = features.shape[1] - self._side**2
+        layout = grid.map(lambda part: nn.functional.pad(part, (extra, 0), value=-1))
+        return (features.shape[1],) * features.shape[0], layout
+
+    @property
+    def _side(self) -> int:
+        vision = self.model.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    def _encoder(self, modality: str, tower: nn.Module, placeholder: int, drops_prefix: bool) -> Encoder:
+        chosen = feature_layers(tower, self.model.config.vision_feature_layer)
+        return Encoder(
+            modality=modality,
+            method=f"get_{modality}_features",
+            placeholder_id=placeholder,
+            tower=tower,
+            features=self.inner.multi_modal_projector,
+            feature_layers=chosen,
+            attention=tower_attention(chosen[-1]),
+            num_prefix=int(has_cls(tower)),
+            drops_prefix=drops_prefix,
+        )
