@@ -30,7 +30,7 @@ class Forward:
     # what came in
     batch: int = 0
     length: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     cache: Any = None
     memory: Memory | None = None
     past: int = 0  # logical columns before this call

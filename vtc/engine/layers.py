@@ -70,9 +70,7 @@ def _capture_rotation(index: int, module: nn.Module, args: Any, kwargs: dict[str
         state.captured[index, "cos"], state.captured[index, "sin"] = kwargs["position_embeddings"]
 
 
-def _enter_layer(
-    adapter: Adapter, plan: Plan, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> Any:
+def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Pre-hook of decoder layer `index`."""
     state = FORWARD.get()
     if state is None or (state.visual is None and state.memory is None):
@@ -109,9 +107,7 @@ def _run(adapter: Adapter, step: Step, index: int, state: Forward, hidden: Tenso
     return hidden
 
 
-def _arguments(
-    adapter: Adapter, state: Forward, index: int, hidden: Tensor, kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def _arguments(adapter: Adapter, state: Forward, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of layer `index`, cut to the rows and entries that it has; empty where nothing changes."""
     before = state.memory.layers[index] if state.memory is not None else None
     if state.place is None and (before is None or before.place is None):

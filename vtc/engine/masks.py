@@ -35,9 +35,7 @@ def cut(mask: Tensor, rows: Int[Tensor, "B Q"] | None, columns: Int[Tensor, "B K
     return mask.gather(3, index).masked_fill((columns < 0)[:, None, None, :], _nothing(mask))
 
 
-def causal(
-    valid: Bool[Tensor, "B K"], queries: int, dtype: torch.dtype, implementation: str | None
-) -> Tensor:
+def causal(valid: Bool[Tensor, "B K"], queries: int, dtype: torch.dtype, implementation: str | None) -> Tensor:
     """The causal mask of the last `queries` rows over the keys `valid`, in the form that `implementation` reads."""
     if implementation is not None and implementation.startswith("flash"):
         return valid

@@ -58,7 +58,7 @@ class Plan:
     @property
     def layers(self) -> tuple[int, ...]:
         """Decoder layers at which a stage acts, ascending."""
-        return tuple(sorted({s.stage.site.index for s in self.steps if s.stage.site.name == "layer"}))  # type: ignore[type-var]
+        return tuple(sorted({s.stage.site.index or 0 for s in self.steps if s.stage.site.name == "layer"}))
 
     def signals(self, site: str, index: int | None = None) -> frozenset[Signal]:
         """Every signal that the steps at a site read."""
