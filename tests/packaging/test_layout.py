@@ -96,7 +96,18 @@ def test_every_package_folder_is_listed():
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_module_and_the_embedded_model(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("vtc_toolkit-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
