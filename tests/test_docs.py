@@ -1,10 +1,12 @@
 """Examples in the documentation run, and generated tables are up to date."""
 
 import doctest
+import json
 from pathlib import Path
 
 import pytest
 
+from vtc.eval.accuracy import markdown
 from vtc.tables import methods_table, models_table
 
 ROOT = Path(__file__).parents[1]
@@ -26,3 +28,17 @@ def test_examples_run(page):
 )
 def test_generated_tables_are_up_to_date(page, table, command):
     assert table() in (ROOT / page).read_text(), f"{page} is out of date: paste the output of `{command}`"
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_committed_run():
+    result = json.loads((ROOT / "benchmarks" / "scenes-accuracy.json").read_text())
+    assert markdown(result) in (ROOT / "README.md").read_text()
+
+
+def test_the_card_of_the_embedded_model_states_what_was_measured():
+    folder = ROOT / "model_cards" / "scenes-llava"
+    record, card = json.loads((folder / "training.json").read_text()), (folder / "README.md").read_text()
+    for column in ("dense", "random_11_percent"):
+        for name, row in record[column].items():
+            if name != "tokens":
+                assert f"{100 * row['accuracy']:.1f} ({row['right']}/{row['questions']}" in card, (column, name)

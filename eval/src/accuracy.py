@@ -127,3 +127,29 @@ def _scored(suite: Suite, answers: list[str], seconds: float, about: dict[str, A
         counts[question.category][1] += 1
     table = accuracy_table({name: (right, number) for name, (right, number) in counts.items()})
     return {**about, "accuracy": table, "seconds": round(seconds, 2), "answers": answers}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result file as a Markdown table: one row per method, one column per budget, Wilson 95 % intervals."""
+    cells = result["cells"]
+    budgets = list(dict.fromkeys(name.rpartition(":")[2] for name in cells if name != DENSE))
+    specs = list(dict.fromkeys(name.rpartition(":")[0] for name in cells if name != DENSE))
+    rows = [
+        "| method | " + " | ".join(f"{budget} tokens" for budget in budgets) + " |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    rows += [f"| `{spec}` | " + " | ".join(_share(cells.get(f"{spec}:{b}")) for b in budgets) + " |" for spec in specs]
+    questions = cells[DENSE]["accuracy"]["overall"]["questions"]
+    rows += [
+        "",
+        f"All tokens: {_share(cells[DENSE])} of {questions} held-out questions, 95 % intervals in parentheses.",
+    ]
+    return "\n".join(rows)
+
+
+def _share(cell: dict[str, Any] | None) -> str:
+    if cell is None or "accuracy" not in cell:
+        return "refused" if cell else ""
+    whole = cell["accuracy"]["overall"]
+    low, high = (round(100 * bound) for bound in whole["wilson95"])
+    return f"{100 * whole['accuracy']:.1f} % ({low}-{high})"

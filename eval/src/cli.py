@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vtc.cli import Json, app, print_json
-from vtc.eval.accuracy import sweep
+from vtc.cli import Json, Markdown, app, print_json
+from vtc.eval.accuracy import markdown, sweep
 from vtc.eval.doctor import diagnose
 from vtc.eval.loading import embedded_path, load, open_image
 from vtc.eval.run import RunResult, run
@@ -107,6 +107,7 @@ def bench_command(
         "bench.json"
     ),
     as_json: Json = False,
+    as_markdown: Markdown = False,
 ) -> None:
     """Accuracy of methods at token budgets on the drawn scenes, with 95 % intervals, beside the dense model."""
     chosen = list(methods()) if method == "all" else [name.strip() for name in method.split(",")]
@@ -125,6 +126,9 @@ def bench_command(
     )
     if as_json:
         print_json(result)
+        return
+    if as_markdown:
+        typer.echo(markdown(result))
         return
     output = Console()
     # eight more columns need a wide terminal; the result file has them in any case

@@ -473,7 +473,7 @@ def _existence(shapes: list[SceneObject], rng: random.Random) -> list[Question]:
 
 
 def _relations(objects: tuple[SceneObject, ...], rng: random.Random) -> list[Question]:
-    """One left/right and one above/below question about two objects with unique nouns that lie clearly apart."""
+    """One left/right and one above/below question, each about two objects with unique nouns, 32 pixels or more apart."""
     names = [item.name for item in objects]
     unique = [item for item in objects if names.count(item.name) == 1]
     asked = []

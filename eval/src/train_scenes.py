@@ -65,6 +65,8 @@ from vtc.eval.scenes import (
     scene_seed,
     scene_suite,
 )
+from vtc.eval.scenes_card import card
+from vtc.kernels import attention_rows
 
 PATCH = 8
 GRID = 24
@@ -114,7 +116,7 @@ PRESETS = {
         (
             Stage("tower", 14, 32, 1000, 4e-3, (6, 9)),
             Stage("window", 14, 8, 2500, 2.5e-3, (1, 4)),
-            Stage("full", 24, 8, 1600, 2.5e-3, (1, MAX_OBJECTS)),
+            Stage("full", 24, 8, 1450, 2.5e-3, (1, MAX_OBJECTS)),
         )
     ),
     "smoke": Preset(
@@ -518,6 +520,31 @@ def evaluate(
     return {category: (right, number) for category, (right, number) in counts.items()}
 
 
+@torch.no_grad()
+def attention_on_objects(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, num_scenes: int = 24
+) -> dict[str, float]:
+    """Share of the feature layer's [CLS] attention that lies on objects, and the share of cells that they cover."""
+    attention = model.model.vision_tower.encoder.layers[-2].self_attn
+    captured: dict[str, Tensor] = {}
+    hooks = [
+        getattr(attention, name).register_forward_hook(lambda m, a, out, name=name: captured.update({name: out}))
+        for name in ("q_proj", "k_proj")
+    ]
+    shares = []
+    for index in range(num_scenes):
+        scene = draw_scene(scene_seed("val", index))
+        model.model.vision_tower(processor.image_processor(scene.image, return_tensors="pt")["pixel_values"])
+        q, k = (captured[n].unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for n in ("q_proj", "k_proj"))
+        row = attention_rows(q[:, :, :1], k)[0, 0, 1:]
+        is_object = patch_labels(scene, GRID)["object"].flatten() >= 0
+        shares.append((row[is_object].sum() / row.sum(), is_object.float().mean()))
+    for hook in hooks:
+        hook.remove()
+    mass, area = torch.tensor(shares).mean(0).tolist()
+    return {"on_objects": round(mass, 3), "object_cells": round(area, 3), "scenes": num_scenes}
+
+
 def wilson(right: int, number: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share."""
     z = 1.959964
@@ -536,8 +563,10 @@ def accuracy_table(counts: dict[str, tuple[int, int]]) -> dict[str, dict]:
     }  # fmt: skip
 
 
-def export(state: dict, preset: Preset, command: str, seed: int, num_per_category: int, folder: Path) -> dict:
-    """Evaluate with fp16-rounded weights and write model, processor and `training.json`; the folder is then swapped."""
+def export(
+    state: dict, preset: Preset, command: str, seed: int, num_per_category: int, folder: Path, history: list[str]
+) -> dict:
+    """Evaluate with fp16-rounded weights; write model, processor, `training.json` and card, then swap the folder."""
     model, processor = state["model"], state["processor"]
     model.half().float().eval()
     suite = scene_suite("test", num_per_category, seed=0)
@@ -551,6 +580,8 @@ def export(state: dict, preset: Preset, command: str, seed: int, num_per_categor
         "threads": torch.get_num_threads(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocabulary": len(processor.tokenizer),
+        "history": history,
+        "cls_attention": attention_on_objects(model, processor),
         "preset": asdict(preset),
         "versions": {"python": sys.version.split()[0]}
         | {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "pillow", "numpy")}
@@ -565,10 +596,10 @@ def export(state: dict, preset: Preset, command: str, seed: int, num_per_categor
     staging.mkdir(parents=True)
     model.half().save_pretrained(staging)
     processor.save_pretrained(staging)
-    (staging / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     (staging / "model.safetensors").chmod(0o644)
-    if (folder / "README.md").exists():
-        shutil.copy2(folder / "README.md", staging / "README.md")
+    record["weights_megabytes"] = round((staging / "model.safetensors").stat().st_size / 1e6, 1)
+    (staging / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (staging / "README.md").write_text(card(record))
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
         os.replace(folder, old)
@@ -587,6 +618,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", help="steps of every stage, instead of the preset's")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; a later call resumes")
     parser.add_argument("--export", type=Path, help="folder of the finished model")
+    parser.add_argument("--note", action="append", default=[], help="a change by hand during the run, for the card")
     parser.add_argument("--per-category", type=int, default=150, help="held-out questions per category at export")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -599,8 +631,12 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     state = train(preset, options.seed, options.out, time.time() + 60 * options.minutes)
     if options.export and os.environ.get("RANK", "0") == "0":
-        command = "python -m vtc.eval.train_scenes " + " ".join(sys.argv[1:] if arguments is None else arguments)
-        record = export(state, preset, command, options.seed, options.per_category, options.export)
+        steps = " ".join(str(stage.steps) for stage in preset.stages)
+        command = (
+            f"python -m vtc.eval.train_scenes --preset {options.preset} --seed {options.seed} --steps {steps} "
+            "--out runs/scenes --export model_cards/scenes-llava"
+        )
+        record = export(state, preset, command, options.seed, options.per_category, options.export, options.note)
         print(json.dumps({name: record[name] for name in ("dense", "random_11_percent")}, indent=1))
 
 
