@@ -473,7 +473,7 @@ def _existence(shapes: list[SceneObject], rng: random.Random) -> list[Question]:
 
 
 def _relations(objects: tuple[SceneObject, ...], rng: random.Random) -> list[Question]:
-    """One left/right and one above/below question, each about two objects with unique nouns, 32 pixels or more apart."""
+    """A left/right and an above/below question, each about two objects with unique nouns, at least 32 pixels apart."""
     names = [item.name for item in objects]
     unique = [item for item in objects if names.count(item.name) == 1]
     asked = []
