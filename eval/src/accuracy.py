@@ -30,6 +30,7 @@ def sweep(
     budgets: Sequence[int | float],
     per_category: int,
     *,
+    positions: str = "auto",
     seed: int = 0,
     batch_size: int = 8,
     path: Path | None = None,
@@ -39,6 +40,7 @@ def sweep(
 
     Args:
         per_category: held-out questions of each category.
+        positions: position policy, as for `vtc.patch`.
         path: result file; cells that it already holds for the same suite are not run again.
         progress: called with a line for each finished cell.
 
@@ -48,6 +50,7 @@ def sweep(
         method that the model refuses has `refused` with the reason instead.
     """
     about = {"version": VERSION, "model": loaded.name, "split": "test", "per_category": per_category, "seed": seed}
+    about["positions"] = positions
     result: dict[str, Any] = {"suite": about, "environment": environment(loaded.model.device), "cells": {}}
     if path is not None and path.exists():
         stored = json.loads(path.read_text())
@@ -57,7 +60,7 @@ def sweep(
     for name, spec, budget in _cells(methods, budgets):
         if name in result["cells"]:
             continue
-        cell = _cell(loaded, suite, spec, budget, batch_size)
+        cell = _cell(loaded, suite, spec, budget, positions, batch_size)
         if spec is not None and "answers" in cell:
             dense = result["cells"][DENSE]["answers"]
             same = sum(a == b for a, b in zip(cell["answers"], dense, strict=True))
@@ -78,12 +81,14 @@ def _cells(methods: Sequence[str], budgets: Sequence[int | float]) -> Iterator[t
             yield f"{spec}:{budget}", spec, budget
 
 
-def _cell(loaded: Loaded, suite: Suite, spec: str | None, budget: Any, batch_size: int) -> dict[str, Any]:
+def _cell(
+    loaded: Loaded, suite: Suite, spec: str | None, budget: Any, positions: str, batch_size: int
+) -> dict[str, Any]:
     if spec is None:
         answers, seconds, _ = _answers(loaded, suite, batch_size, None)
         return _scored(suite, answers, seconds, {})
     try:
-        with compress(loaded.model, spec, budget) as handle:
+        with compress(loaded.model, spec, budget, positions=positions) as handle:
             answers, seconds, report = _answers(loaded, suite, batch_size, handle)
     except VTCError as error:
         return {"refused": str(error)}

@@ -102,6 +102,7 @@ def bench_command(
     per_category: Annotated[int, typer.Option(min=1, help="Questions of each category.")] = 25,
     model: Annotated[str | None, typer.Option(help="Folder or hub id. None: the embedded model.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... None: a GPU if there is one.")] = None,
+    positions: Annotated[str, typer.Option(help="Position ids: original, compact or auto.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the suite.")] = 0,
     out: Annotated[Path, typer.Option(help="Result file; finished cells in it are not run again.")] = Path(
         "bench.json"
@@ -120,6 +121,7 @@ def bench_command(
         chosen,
         [value for value in wanted if value is not None],
         per_category,
+        positions=positions,
         seed=seed,
         path=out,
         progress=lambda line: console.print(line, highlight=False),
