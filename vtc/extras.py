@@ -4,6 +4,7 @@ The core needs none of them. Code that does asks `require("gradio")` and gets th
 the extra to install.
 """
 
+import functools
 import importlib
 import importlib.util
 from types import ModuleType
@@ -23,6 +24,7 @@ EXTRA_OF = {
 }
 
 
+@functools.cache
 def available(package: str) -> bool:
     """Whether the optional `package` can be imported (it is not imported)."""
     return importlib.util.find_spec(package) is not None
@@ -37,9 +39,13 @@ def require(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        extra = EXTRA_OF.get(package)
-        if extra is None or available(package):
+        if package not in EXTRA_OF or available(package):
             raise
-        raise MissingExtraError(
-            f"{package!r} is not installed. Install it with: pip install 'vtc-toolkit[{extra}]'"
-        ) from error
+        raise missing(package) from error
+
+
+def missing(package: str) -> MissingExtraError:
+    """The error for an optional `package` that is not installed; it names the extra."""
+    return MissingExtraError(
+        f"{package!r} is not installed. Install it with: pip install 'vtc-toolkit[{EXTRA_OF[package]}]'"
+    )

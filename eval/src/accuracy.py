@@ -15,9 +15,9 @@ import torch
 from vtc.engine import compress
 from vtc.errors import VTCError
 from vtc.eval.environment import environment
+from vtc.eval.intervals import accuracy_table
 from vtc.eval.loading import Loaded
 from vtc.eval.scenes import CATEGORIES, Question, Scene, scene_suite
-from vtc.eval.train_scenes import accuracy_table
 
 VERSION = 1
 DENSE = "dense"

@@ -11,7 +11,6 @@ the handwritten digits of the three ranges are different samples.
 """
 
 import functools
-import importlib.util
 import math
 import random
 from collections.abc import Sequence
@@ -21,6 +20,8 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from vtc.extras import available, missing
 
 CATEGORIES = ("colour", "shape", "count", "existence", "relation", "digit", "word", "background")
 KINDS = ("shape", "digit", "word")
@@ -239,22 +240,14 @@ def _choose(
     wanted: str | Sequence[str], known: tuple[str, ...], argument: str, needs: dict[str, str]
 ) -> tuple[str, ...]:
     if wanted == "auto":
-        return tuple(name for name in known if name not in needs or _installed(needs[name]))
+        return tuple(name for name in known if name not in needs or available(needs[name]))
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     if not names or not set(names) <= set(known):
         raise ValueError(f"{argument}={wanted!r}: expected 'auto' or names from {', '.join(known)}.")
     for name in names:
-        if name in needs and not _installed(needs[name]):
-            raise ImportError(
-                f"{argument}={name!r} needs the package {needs[name]}, which is not installed. "
-                "Install it with: pip install 'vtc-toolkit[scenes]'"
-            )
+        if name in needs and not available(needs[name]):
+            raise missing(needs[name])
     return names
-
-
-@functools.cache
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 @functools.cache

@@ -49,6 +49,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vtc.eval.intervals import accuracy_table
 from vtc.eval.scenes import (
     BACKGROUNDS,
     CATEGORIES,
@@ -543,24 +544,6 @@ def attention_on_objects(
         hook.remove()
     mass, area = torch.tensor(shares).mean(0).tolist()
     return {"on_objects": round(mass, 3), "object_cells": round(area, 3), "scenes": num_scenes}
-
-
-def wilson(right: int, number: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share."""
-    z = 1.959964
-    centre = (right + z * z / 2) / (number + z * z)
-    half = z / (number + z * z) * math.sqrt(right * (number - right) / number + z * z / 4)
-    return centre - half, centre + half
-
-
-def accuracy_table(counts: dict[str, tuple[int, int]]) -> dict[str, dict]:
-    """Accuracy, counts and interval per category and over all."""
-    whole = (sum(right for right, _ in counts.values()), sum(number for _, number in counts.values()))
-    return {
-        name: {"accuracy": round(right / number, 4), "right": right, "questions": number,
-               "wilson95": [round(bound, 4) for bound in wilson(right, number)]}
-        for name, (right, number) in {**counts, "overall": whole}.items()
-    }  # fmt: skip
 
 
 def export(

@@ -169,7 +169,7 @@ def test_labelled_patches_show_the_colour_of_their_shape():
     ("argument", "name", "package"), [("backgrounds", "photo", "skimage"), ("kinds", "digit", "sklearn")]
 )
 def test_missing_package_is_skipped_by_auto_and_named_when_asked_for(monkeypatch, argument, name, package):
-    monkeypatch.setattr(scenes, "_installed", lambda wanted: wanted != package)
+    monkeypatch.setattr(scenes, "available", lambda wanted: wanted != package)
     with pytest.raises(ImportError, match=r"vtc-toolkit\[scenes\]"):
         draw_scene(0, **{argument: name})
     other = "kinds" if argument == "backgrounds" else "backgrounds"

@@ -18,7 +18,6 @@ from torch import Tensor
 from vtc.registry import from_dict
 from vtc.spec import format_spec, parse
 from vtc.stages import SIGNALS, Method, Stage
-from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout, Tokens
 
 Check = Callable[[Method, Stage], None]
@@ -175,11 +174,6 @@ def check_method(method: Method) -> None:
             except AssertionError as error:
                 error.add_note(f"{check.__name__} of {method.slug} at {stage.site}")
                 raise
-
-
-def selection(token_map: TokenMap) -> list[list[int]]:
-    """The tokens that stay in each group, for readable assertions."""
-    return [token_map.anchor[b, :n].tolist() for b, n in enumerate(token_map.lengths)]
 
 
 def _axes(name: str) -> list[str]:
