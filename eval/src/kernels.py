@@ -6,305 +6,173 @@ eager path, and the floor: max(bytes / measured copy bandwidth, FLOPs / measured
 that drift hits all of them. Medians with 20/80 quantiles go to a JSON file with an environment block, and to a plot.
 The floor counts what the definition needs: a path that uses symmetry computes less and can be faster than it.
 
-A correctness gate runs first, with every provider on small inputs; when it is red, no time is measured and the exit
-code is 1. Peak extra memory (beyond inputs and result) must stay within `MEMORY_FACTOR` times the input plus
+A correctness gate runs first, with every provider on small inputs; an operation that fails it is not timed, and the
+exit code is 1. Peak extra memory (beyond inputs and result) must stay within `MEMORY_FACTOR` times the input plus
 `MEMORY_SLACK`.
+
+A run needs no attention. The file is rewritten after every case, small sizes come first, and what is left at
+`--time-limit` is listed in the file. A path that does not fit, fails, or is predicted to take longer than
+`SLOWEST_CALL` seconds leaves a row with the reason; when a failure takes the device with it, the run starts anew behind
+it (`--resume`, which also continues a run that was cut off).
 """
 
 import argparse
-import datetime
+import functools
 import gc
 import json
 import math
 import os
 import pathlib
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import vtc.kernels as kernels
+from vtc.errors import EvaluationError
 from vtc.eval.environment import environment
-from vtc.eval.timing import Timing, compare
-from vtc.kernels.attention_rows import cost as attention_rows_cost
-from vtc.kernels.compact import cost as compact_cost
-from vtc.kernels.cosine_match import cost as cosine_match_cost
-from vtc.kernels.diversity import cost as diversity_cost
-from vtc.kernels.dpp_map import cost as dpp_map_cost
-from vtc.kernels.frame_similarity import cost as frame_similarity_cost
-from vtc.kernels.received_attention import cost as received_attention_cost
-from vtc.kernels.segment_merge import cost as segment_merge_cost
-from vtc.kernels.similarity_degree import cost as similarity_degree_cost
+from vtc.eval.kernel_cases import SETUPS, Call, Case, Inputs, Size
+from vtc.eval.timing import Timing, compare, summary
 
 TOKENS, WIDTHS, BATCHES = (576, 2880, 6272, 25088), (1024, 3584), (1, 8, 32)
 QUICK_TOKENS, QUICK_WIDTHS, QUICK_BATCHES = (576, 2880), (1024,), (1,)
-PICKS = 64
-HEAD_WIDTH = 64
-FRAMES = 16
 MEMORY_FACTOR = 4
 MEMORY_SLACK = 16 << 20
-SECONDS_PER_CASE = 10.0
-
-Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Size:
-    """One point of the grid."""
-
-    num_tokens: int
-    width: int
-    batch: int
+SECONDS_PER_CASE = {"cpu": 10.0, "cuda": 1.0}
+SLOWEST_CALL = {"cpu": 60.0, "cuda": 2.0}  # seconds; a prediction above it skips a path
+DEVICE_TIME_LIMIT = 480.0
+UNROLLED = ("dpp_map", "farthest_point", "max_sum")  # eager loops that torch.compile unrolls: slow to compile, so last
+UNROLLED_SECONDS = 120.0  # left for one of these, or it does not start
 
 
 @dataclass(frozen=True)
-class Case:
-    """One operation at one size: the same inputs for every provider, for time, memory and the gate."""
+class Task:
+    """One operation at one size with some of the providers."""
 
-    run: Callable[[str], Any]
-    eager: Call
-    cost: kernels.Cost
-    eager_bytes: int
-    input_bytes: int
+    operation: str
+    size: Size
+    providers: tuple[str, ...]
 
+    @property
+    def is_unrolled(self) -> bool:
+        return self.operation in UNROLLED and "compile" in self.providers
 
-class Inputs:
-    """Random inputs of one size, seeded, with the dtype under test."""
-
-    def __init__(self, size: Size, dtype: torch.dtype, device: str) -> None:
-        source = torch.Generator().manual_seed(0)
-        self.size, self.itemsize = size, torch.empty(0, dtype=dtype).element_size()
-        batch, count, width = size.batch, size.num_tokens, size.width
-        self.x = torch.randn(batch, count, width, generator=source).to(device, dtype)
-        self.reversed = self.x.flip(1)
-        self.score = torch.rand(batch, count, generator=source).to(device)
-        self.index = torch.arange(0, count, 4, device=device).expand(batch, -1)
-        self.assignment = torch.randint(0, max(1, count // 4), (batch, count), generator=source).to(device)
-        self.position_ids = torch.arange(count, device=device).expand(3, batch, count)
-        self.heads = width // HEAD_WIDTH
-        self.q = self.x.view(batch, count, self.heads, HEAD_WIDTH).transpose(1, 2)
-        self.k = self.q.flip(2)
-        self.frames = self.x.view(batch, FRAMES, count // FRAMES, width)
-        self.input_bytes = self.x.numel() * self.itemsize
+    @property
+    def label(self) -> str:
+        size, suffix = self.size, " compile" if "compile" in self.providers else ""
+        return f"{self.operation} N={size.num_tokens} D={size.width} B={size.batch}{suffix}"
 
 
-def similarity_count(i: Inputs) -> Case:
-    def run(impl: str) -> Tensor:
-        return kernels.similarity_degree(i.x, reduce="count", threshold=0.1, impl=impl)
+@dataclass
+class Run:
+    """What a run knows: its options, the rates of the machine, the rows so far and the speed of each path."""
 
-    return _square(i, run, similarity_degree_cost(*_shape(i), passes=1, itemsize=i.itemsize))
+    options: argparse.Namespace
+    result: dict[str, Any]
+    speeds: dict[tuple[str, str], float] = field(default_factory=dict)  # last median, in units of the floor
 
+    def add(self, row: dict[str, Any]) -> None:
+        self.result["rows"].append(row)
+        self.note_speed(row)
+        _print(row)
 
-def similarity_mean(i: Inputs) -> Case:
-    def run(impl: str) -> Tensor:
-        return kernels.similarity_degree(i.x, reduce="mean", impl=impl)
+    def note_speed(self, row: dict[str, Any]) -> None:
+        if "median_ms" in row:
+            self.speeds[row["operation"], row["provider"]] = row["median_ms"] / row["floor_ms"]
 
-    return _square(i, run, similarity_degree_cost(*_shape(i), passes=0, itemsize=i.itemsize))
-
-
-def similarity_propagate(i: Inputs) -> Case:
-    def run(impl: str) -> Tensor:
-        options: dict[str, Any] = {"threshold": 0.1, "temperature": 0.1, "transpose": True}
-        return kernels.similarity_propagate(i.x, i.score, impl=impl, **options)
-
-    return _square(i, run, similarity_degree_cost(*_shape(i), passes=2, itemsize=i.itemsize))
-
-
-def cosine_match(i: Inputs) -> Case:
-    def run(impl: str) -> tuple[Tensor, Tensor]:
-        return kernels.cosine_match(i.x, i.reversed, impl=impl)
-
-    count = i.size.num_tokens
-    return _square(i, run, cosine_match_cost(i.size.batch, count, count, i.size.width, i.itemsize))
+    def save(self) -> None:
+        """Replaces the file in one step, so that a kill at any time leaves a whole one."""
+        part = self.options.out.with_name(self.options.out.name + ".part")
+        part.write_text(to_text(self.result))
+        part.replace(self.options.out)
 
 
-def received_attention(i: Inputs) -> Case:
-    def run(impl: str) -> Tensor:
-        return kernels.received_attention(i.q, i.k, impl=impl)
-
-    sizes = (i.size.batch, i.heads, i.heads, i.size.num_tokens, HEAD_WIDTH)
-    return _square(i, run, received_attention_cost(*sizes, itemsize=i.itemsize), matrices=3 * i.heads)
-
-
-def attention_rows(i: Inputs) -> Case:
-    def run(impl: str) -> Tensor:
-        return kernels.attention_rows(i.q[:, :, -4:], i.k, impl=impl)
-
-    sizes = (i.size.batch, i.heads, i.heads, 4, i.size.num_tokens, HEAD_WIDTH)
-    case_cost = attention_rows_cost(*sizes, itemsize=i.itemsize)
-    return Case(run, lambda: run("reference"), case_cost, 3 * i.input_bytes, i.input_bytes)
-
-
-def farthest_point(i: Inputs) -> Case:
-    def run(impl: str) -> Tensor:
-        return kernels.farthest_point(i.x, PICKS, impl=impl)
-
-    def eager() -> Tensor:
-        return eager_greedy(i.x, PICKS)
-
-    case_cost = diversity_cost(*_shape(i), PICKS, is_seeded=False, is_sum=False, itemsize=i.itemsize)
-    return _square(i, run, case_cost, eager=eager)
-
-
-def max_sum(i: Inputs) -> Case:
-    start = torch.zeros(i.size.batch, dtype=torch.int64, device=i.x.device)
-
-    def run(impl: str) -> Tensor:
-        return kernels.max_sum(i.x, PICKS, start=start, impl=impl)
-
-    def eager() -> Tensor:
-        return eager_greedy(i.x, PICKS, start)
-
-    case_cost = diversity_cost(*_shape(i), PICKS, is_seeded=True, is_sum=True, itemsize=i.itemsize)
-    return _square(i, run, case_cost, eager=eager)
-
-
-def dpp_map(i: Inputs) -> Case:
-    def run(impl: str) -> Tensor:
-        return kernels.dpp_map_features(i.x, i.score, PICKS, impl=impl)
-
-    def eager() -> Tensor:
-        return eager_dpp(i.x, i.score, PICKS)
-
-    return _square(i, run, dpp_map_cost(*_shape(i), PICKS, itemsize=i.itemsize), eager=eager)
-
-
-def segment_merge(i: Inputs) -> Case:
-    slots = max(1, i.size.num_tokens // 4)
-
-    def run(impl: str) -> Tensor:
-        return kernels.segment_merge(i.x, i.assignment, slots, weights=i.score, impl=impl)
-
-    return _square(i, run, segment_merge_cost(*_shape(i), slots, itemsize=i.itemsize))
-
-
-def frame_similarity(i: Inputs) -> Case:
-    def run(impl: str) -> Tensor:
-        return kernels.frame_similarity(i.frames, impl=impl)
-
-    sizes = (i.size.batch, FRAMES, i.size.num_tokens // FRAMES, i.size.width)
-    case_cost = frame_similarity_cost(*sizes, itemsize=i.itemsize)
-    return Case(run, lambda: run("reference"), case_cost, 4 * i.input_bytes, i.input_bytes)
-
-
-def compact(i: Inputs) -> Case:
-    def run(impl: str) -> kernels.Compacted:
-        return kernels.compact(i.index, i.x, position_ids=i.position_ids, impl=impl)
-
-    case_cost = compact_cost(i.size.batch, i.index.shape[1], i.size.width, 24, itemsize=i.itemsize)
-    return Case(run, lambda: run("reference"), case_cost, 2 * i.input_bytes, i.input_bytes)
-
-
-SETUPS: dict[str, Callable[[Inputs], Case]] = {
-    "attention_rows": attention_rows,
-    "compact": compact,
-    "cosine_match": cosine_match,
-    "dpp_map": dpp_map,
-    "farthest_point": farthest_point,
-    "frame_similarity": frame_similarity,
-    "max_sum": max_sum,
-    "received_attention": received_attention,
-    "segment_merge": segment_merge,
-    "similarity_count": similarity_count,
-    "similarity_mean": similarity_mean,
-    "similarity_propagate": similarity_propagate,
-}
-
-
-def _shape(i: Inputs) -> tuple[int, int, int]:
-    return i.size.batch, i.size.num_tokens, i.size.width
-
-
-def _square(
-    i: Inputs, run: Callable[[str], Any], cost: kernels.Cost, *, eager: Call | None = None, matrices: int = 3
-) -> Case:
-    """A case whose eager path holds `matrices` float32 matrices of N x N beside two float32 copies of the input."""
-    batch, count, width = _shape(i)
-    eager_bytes = 4 * batch * (matrices * count * count + 2 * count * width)
-    return Case(run, eager or (lambda: run("reference")), cost, eager_bytes, i.input_bytes)
-
-
-def eager_greedy(x: Tensor, k: int, start: Tensor | None = None) -> Tensor:
-    """The usual eager selection: whole distance matrix, one row per step. Max-min, or max-sum with a `start`."""
-    unit = torch.nn.functional.normalize(x.float(), dim=-1)
-    distance = 1 - unit @ unit.mT
-    picks = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-    taken = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-    pick = distance.topk(2, dim=-1, largest=False).values[..., 1].argmax(dim=-1) if start is None else start
-    reach: Tensor | None = None
-    for step in range(k):
-        picks[:, step] = pick
-        taken.scatter_(1, pick[:, None], True)
-        row = torch.take_along_dim(distance, pick[:, None, None], dim=1)[:, 0]
-        if reach is None:
-            reach = row
-        else:
-            reach = torch.minimum(reach, row) if start is None else reach + row
-        pick = reach.masked_fill(taken, -math.inf).argmax(dim=-1)
-    return picks
-
-
-def eager_dpp(x: Tensor, quality: Tensor, k: int) -> Tensor:
-    """The usual eager greedy MAP: whole kernel, Cholesky rows."""
-    unit = torch.nn.functional.normalize(x.float(), dim=-1)
-    kernel = quality[:, :, None] * (unit @ unit.mT) * quality[:, None]
-    variance = kernel.diagonal(dim1=1, dim2=2).clone()
-    rows = torch.zeros(x.shape[0], k, x.shape[1], device=x.device)
-    picks = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-    for step in range(k):
-        best, pick = variance.max(dim=-1, keepdim=True)
-        picks[:, step] = pick[:, 0]
-        row = torch.take_along_dim(kernel, pick[..., None], dim=1)[:, 0]
-        earlier = rows[:, :step]
-        row = (row - (torch.take_along_dim(earlier, pick[..., None], dim=2) * earlier).sum(dim=1)) / best.sqrt()
-        rows[:, step] = row
-        variance = (variance - row.square()).scatter(1, pick, -math.inf)
-    return picks
-
-
-def providers_of(case: Case, device: str, names: list[str]) -> dict[str, Call]:
+def providers_of(case: Case, device: str, names: tuple[str, ...] | list[str]) -> dict[str, Call]:
     """The callables to measure; `compile` wraps the eager path."""
     available: dict[str, Call] = {"eager": case.eager, "torch": lambda: case.run("torch")}
     if device != "cpu":
         available["triton"] = lambda: case.run("triton")
     if "compile" in names:
-        available["compile"] = torch.compile(case.eager)
+        torch._dynamo.reset()  # every case compiles for its own shape, and none falls back to eager
+        available["compile"] = torch.compile(case.eager, dynamic=False)
     return {name: available[name] for name in names if name in available}
 
 
-def gate(operations: list[str], names: list[str], device: str, dtype: torch.dtype) -> list[str]:
-    """What every provider gets wrong against the reference on small inputs; empty when all is well."""
+def gate(
+    operations: list[str],
+    names: list[str],
+    device: str,
+    dtype: torch.dtype,
+    on_error: Callable[[str], None] = lambda operation: None,
+) -> list[str]:
+    """What a path gets wrong against the reference on small inputs ("operation: fault"); empty when all is well.
+
+    `compile` is no path of this package and not checked. `on_error` hears of an operation that raised.
+    """
     faults = []
     for operation in operations:
-        case = SETUPS[operation](Inputs(Size(160, 128, 2), dtype, device))
-        expected = _tensors(case.run("reference"))
-        for name, call in providers_of(case, device, names).items():
-            for place, (want, got) in enumerate(zip(expected, _tensors(call()), strict=True)):
-                is_equal = torch.equal(want, got) if not want.is_floating_point() else None
-                if is_equal is None:
-                    is_equal = torch.allclose(got.float(), want.float(), atol=1e-3, rtol=1e-3)
-                if not is_equal:
-                    faults.append(f"{operation}: output {place} of {name} differs from the reference")
+        try:
+            case = SETUPS[operation](Inputs(Size(160, 128, 2), dtype, device))
+            expected = _tensors(case.run("reference"))
+            for name, call in providers_of(case, device, [name for name in names if name != "compile"]).items():
+                for place, (want, got) in enumerate(zip(expected, _tensors(call()), strict=True)):
+                    if not _is_same(want, got):
+                        faults.append(f"{operation}: output {place} of {name} differs from the reference")
+        except Exception as error:  # a kernel that does not compile must not cost the others their measurement
+            faults.append(f"{operation}: {_in_one_line(error)}")
+            print("Gate:", faults[-1], flush=True)
+            on_error(operation)
     return faults
+
+
+def _is_same(want: Tensor, got: Tensor) -> bool:
+    if not want.is_floating_point():
+        return torch.equal(want, got)
+    return torch.allclose(got.float(), want.float(), atol=1e-3, rtol=1e-3)
 
 
 def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [part for part in result if part is not None]
 
 
-def time_all(calls: dict[str, Call], device: str, repeats: int) -> dict[str, Timing]:
-    """Milliseconds of each provider, in turns; fewer turns (at least 3) when they take long."""
+def _in_one_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def time_all(calls: dict[str, Call], device: str, repeats: int, *, clock: str = "wall") -> dict[str, Timing]:
+    """Milliseconds of each provider, in turns; fewer turns (at least 3) when they take long.
+
+    `clock="cpu"` counts the processor time of this process instead of what passes on the wall: on a machine shared
+    with others it says what a call costs, not how long it waited.
+    """
     start = time.perf_counter()
     for call in calls.values():
         call()
-    affordable = int(SECONDS_PER_CASE / max(1e-9, time.perf_counter() - start))
-    return compare(calls, torch.device(device), runs=max(3, min(repeats, affordable)), warmup=1)
+    _wait(device)
+    affordable = int(SECONDS_PER_CASE[_kind(device)] / max(1e-9, time.perf_counter() - start))
+    runs = max(3, min(repeats, affordable))
+    if clock == "wall":
+        return compare(calls, torch.device(device), runs=runs, warmup=0)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            begin_ns = time.process_time_ns()
+            call()
+            samples[name].append((time.process_time_ns() - begin_ns) / 1e6)
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def _kind(device: str) -> str:
+    return "cpu" if device == "cpu" else "cuda"
 
 
 def extra_memory(call: Call, device: str) -> int:
@@ -330,35 +198,65 @@ def extra_memory(call: Call, device: str) -> int:
     return max(0, peak - sum(part.numel() * part.element_size() for part in _tensors(result)))
 
 
-def measure_rates(device: str, dtype: torch.dtype) -> dict[str, float]:
+def measure_rates(device: str, dtype: torch.dtype, clock: str = "wall") -> dict[str, float]:
     """Copy bandwidth (bytes read and written per second) and matmul rate (FLOPs per second), at the 20 % quantile."""
     elements = (256 << 20) if device != "cpu" else (16 << 20)
     side = 8192 if device != "cpu" else 1536
     source = torch.ones(elements, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    left = torch.ones(side, side, dtype=dtype, device=device)
-    copy = time_all({"copy": lambda: target.copy_(source)}, device, 15)["copy"].p20
-    product = time_all({"matmul": lambda: left @ left}, device, 15)["matmul"].p20
+    left = torch.randn(side, side, device=device).to(dtype)  # constant operands draw less power: too good a rate
+    copy = time_all({"copy": lambda: target.copy_(source)}, device, 15, clock=clock)["copy"].p20
+    product = time_all({"matmul": lambda: left @ left}, device, 15, clock=clock)["matmul"].p20
     return {"copy_bytes_per_s": 8e3 * elements / copy, "matmul_flops_per_s": 2e3 * side**3 / product}
 
 
-def measure(
-    operation: str, size: Size, options: argparse.Namespace, rates: dict[str, float]
-) -> Iterator[dict[str, Any]]:
-    """One row per provider."""
-    case = SETUPS[operation](Inputs(size, options.dtype, options.device))
-    names = list(options.providers)
-    base = {"operation": operation, "num_tokens": size.num_tokens, "width": size.width, "batch": size.batch}
-    base["dtype"] = str(options.dtype).removeprefix("torch.")
+def tasks_of(options: argparse.Namespace, sizes: list[Size]) -> list[Task]:
+    """In order of worth: batch 1 without torch.compile, then with it near the size of the aims, then the rest."""
+    sizes = sorted(sizes, key=lambda s: s.batch * s.num_tokens * (s.num_tokens + 64) * s.width)
+    plain = tuple(name for name in options.providers if name != "compile")
+    compiled = [name for name in ("eager", "compile", "triton") if name in options.providers]
+    single, batched = [s for s in sizes if s.batch == 1], [s for s in sizes if s.batch > 1]
+    tasks = [Task(name, size, plain) for size in single for name in options.operations] if plain else []
+    after = [Task(name, size, plain) for size in batched for name in options.operations] if plain else []
+    if "compile" not in options.providers:
+        return tasks + after
+    first = sorted(single or sizes, key=lambda s: (s.width, abs(s.num_tokens - 2880)))
+    quick = [name for name in options.operations if name not in UNROLLED]
+    slow = [name for name in options.operations if name in UNROLLED]
+    at_first = [Task(name, first[0], tuple(compiled)) for name in quick]
+    later = [Task(name, size, tuple(compiled)) for size in first[1:] for name in quick]
+    return tasks + at_first + after + later + [Task(name, first[0], tuple(compiled)) for name in slow]
+
+
+def measure(task: Task, inputs: Inputs, run: Run) -> Iterator[dict[str, Any]]:
+    """One row per provider: measured, or with a `note` that says why not."""
+    options, rates = run.options, run.result["rates"]
+    case = SETUPS[task.operation](inputs)
+    base = _base(task, options)
     floor = 1e3 * max(case.cost.bytes / rates["copy_bytes_per_s"], case.cost.flops / rates["matmul_flops_per_s"])
     base.update(flops=case.cost.flops, bytes=case.cost.bytes, floor_ms=floor)
-    if case.eager_bytes > options.memory_limit:
-        reason = f"skipped: the eager path needs about {case.eager_bytes / 2**30:.1f} GiB"
-        yield {**base, "provider": "eager", "note": reason}
-        names = [name for name in names if name not in ("eager", "compile")]
-    calls = providers_of(case, options.device, names)
-    memory = {name: extra_memory(call, options.device) for name, call in calls.items()}
-    times = time_all(calls, options.device, options.repeats)
+    calls, memory, gone = {}, {}, {}
+    for name, call in providers_of(case, options.device, task.providers).items():
+        predicted = run.speeds.get((task.operation, name), 0.0) * floor
+        if name in ("eager", "compile") and case.eager_bytes > options.memory_limit:
+            gone[name] = f"skipped: the eager path needs about {case.eager_bytes / 2**30:.1f} GiB"
+        elif predicted > 1e3 * SLOWEST_CALL[_kind(options.device)]:
+            gone[name] = f"skipped: about {predicted / 1e3:.1f} s per call, judged by a smaller size"
+        else:
+            try:
+                memory[name] = extra_memory(call, options.device)
+                calls[name] = call
+            except torch.OutOfMemoryError:
+                gone[name] = ("failed" if name in ("torch", "triton") else "skipped") + ": out of memory"
+                _release(options.device)
+            except Exception as error:  # recorded, and shown by the exit code
+                gone[name] = f"failed: {_in_one_line(error)}"
+                _release(options.device)
+    for name, note in gone.items():
+        yield {**base, "provider": name, "note": note}
+    if not calls:
+        return
+    times = time_all(calls, options.device, options.repeats, clock=options.clock)
     for name, timing in times.items():
         row = {**base, "provider": name, "median_ms": timing.median, "p20_ms": timing.p20, "p80_ms": timing.p80}
         row.update(runs=timing.runs, extra_bytes=memory[name], share_of_floor=floor / timing.median)
@@ -370,28 +268,34 @@ def measure(
         yield row
 
 
-def describe(device: str) -> dict[str, Any]:
-    """What a reader needs to judge the numbers; the load average tells whether the machine was shared."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+def _base(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    size = task.size
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load_average": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        **environment(device),
+        "task": task.label,
+        "operation": task.operation,
+        "num_tokens": size.num_tokens,
+        "width": size.width,
+        "batch": size.batch,
+        "dtype": str(options.dtype).removeprefix("torch."),
     }
 
 
-def _processor() -> str:
-    information = pathlib.Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _release(device: str) -> None:
+    """Memory of what failed goes back; raises when the device is lost."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def describe(device: str) -> dict[str, Any]:
+    """What a reader needs to judge the numbers; the load average tells whether the machine was shared."""
+    load = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+    return {**environment(device), "load_average": load}
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Speed-up over eager and share of its memory, one bar per operation, one panel per number of tokens."""
+    """Speed-up over eager, one line per operation, one panel per number of tokens; marks say provider and size."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -399,18 +303,60 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
     shown = [row for row in rows if "speed_up_over_eager" in row and row["provider"] != "eager"]
     counts = sorted({row["num_tokens"] for row in shown})
-    figure, panels = plt.subplots(
-        1, max(1, len(counts)), figsize=(5 * max(1, len(counts)), 5), squeeze=False, sharey=True
-    )
+    names = sorted({row["operation"] for row in shown}, reverse=True)
+    kinds = sorted({(row["provider"], row["width"], row["batch"]) for row in shown})
+    figure, panels = plt.subplots(1, max(1, len(counts)), figsize=(4 * max(1, len(counts)), 5), squeeze=False)
+    colours = {"compile": "#999999", "torch": "#3b6ea5", "triton": "#c1440e"}
+    marks = "os^vD*<>"
     for panel, count in zip(panels[0], counts, strict=False):
-        here = [row for row in shown if row["num_tokens"] == count]
-        labels = [f"{row['operation']} ({row['provider']}, D{row['width']}, B{row['batch']})" for row in here]
-        panel.barh(labels, [row["speed_up_over_eager"] for row in here], color="#3b6ea5")
+        for place, (provider, width, batch) in enumerate(kinds):
+            here = [
+                row
+                for row in shown
+                if (row["num_tokens"], row["provider"], row["width"], row["batch"]) == (count, provider, width, batch)
+            ]
+            panel.scatter(
+                [row["speed_up_over_eager"] for row in here],
+                [names.index(row["operation"]) for row in here],
+                color=colours[provider],
+                marker=marks[place % len(marks)],
+                label=f"{provider}, D = {width}, B = {batch}",
+            )
         panel.axvline(1, color="black", linewidth=1)
-        panel.set(xscale="log", title=f"N = {count}", xlabel="times faster than eager")
+        panel.set(xscale="log", title=f"N = {count}", xlabel="times faster than eager", ylim=(-1, len(names)))
+        panel.set_yticks(range(len(names)), names if panel is panels[0][0] else [""] * len(names))
+        panel.grid(axis="y", linewidth=0.3)
+    if counts:
+        panels[0][-1].legend(fontsize="x-small")
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(rows: list[dict[str, Any]], path: str) -> str:
+    """Markdown: `path` ("torch", "triton") against eager, a row per operation and size."""
+    lines = [
+        f"| operation | N | D | B | eager ms | {path} ms | times faster | eager MiB | {path} MiB | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = ("operation", "num_tokens", "width", "batch")
+    measured = {(*(row[key] for key in order), row["provider"]): row for row in rows if "median_ms" in row}
+    for key in sorted({key[:-1] for key in measured if key[-1] == path}):
+        mine, eager = measured[*key, path], measured.get((*key, "eager"))
+        name, *size = key
+        cells = [f"`{name}`", *(str(value) for value in size)]
+        if eager is None:
+            cells += ["-", _short(mine["median_ms"]), "-", "-", f"{mine['extra_bytes'] / 2**20:.2f}", "-"]
+        else:
+            cells += [_short(eager["median_ms"]), _short(mine["median_ms"]), f"{mine['speed_up_over_eager']:.2f}"]
+            cells += [f"{row['extra_bytes'] / 2**20:.2f}" for row in (eager, mine)]
+            cells.append(f"1/{_short(1 / max(1e-9, mine['memory_share_of_eager']))}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -429,46 +375,128 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--threads", type=int, default=None, help="CPU threads; use 1 when other programs share the cores"
     )
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, for a shared machine"
+    )
     parser.add_argument("--memory-limit", type=float, default=None, help="GiB the eager path may take")
-    parser.add_argument("--out", type=pathlib.Path, default=None)
-    parser.add_argument("--plot", type=pathlib.Path, default=None)
+    parser.add_argument("--time-limit", type=float, default=None, help="seconds; default 480 on a GPU, none on the CPU")
+    parser.add_argument("--out", type=pathlib.Path, default=None, help="default kernels-<device>.json")
+    parser.add_argument("--plot", type=pathlib.Path, default=None, help="default: beside --out, as .svg")
+    parser.add_argument("--table", type=pathlib.Path, default=None, help="print this stored run as Markdown, and stop")
+    parser.add_argument("--resume", action="store_true", help="continue the run that --out holds")
     options = parser.parse_args(arguments)
     is_cpu = options.device == "cpu"
+    if options.clock == "cpu" and not is_cpu:
+        parser.error("--clock cpu says nothing about a GPU: use it with --device cpu.")
     options.is_quick = options.quick or (is_cpu and not options.full)
     options.dtype = getattr(torch, options.dtype or ("float32" if is_cpu else "bfloat16"))
     options.providers = options.providers or (["eager", "torch"] if is_cpu else ["eager", "compile", "torch", "triton"])
     free = 8 * 2**30 if is_cpu else 0.8 * torch.cuda.mem_get_info()[0]
     options.memory_limit = free if options.memory_limit is None else options.memory_limit * 2**30
+    if options.time_limit is None:
+        options.time_limit = math.inf if is_cpu else DEVICE_TIME_LIMIT
+    options.out = options.out or pathlib.Path(f"kernels-{_kind(options.device)}.json")
+    options.plot = options.plot or options.out.with_suffix(".svg")
     return options
 
 
+def begin(options: argparse.Namespace, arguments: list[str] | None) -> Run:
+    """A new run behind its gate, or the one in the file."""
+    if options.resume:
+        result = json.loads(options.out.read_text())
+        here = environment(options.device)["device"]
+        if result["environment"]["device"] != here:
+            raise EvaluationError(
+                f"{options.out} was measured on {result['environment']['device']!r}, this is {here!r}: "
+                "a run can only be resumed on the same device. Leave out --resume or name another --out."
+            )
+        run = Run(options, result)
+        for row in result["rows"]:
+            run.note_speed(row)
+        return run
+
+    def without(operation: str) -> None:
+        rest = [name for name in options.operations if name != operation]
+        _recover(options.device, arguments, ["--operations", *rest])
+
+    faults = gate(options.operations, options.providers, options.device, options.dtype, without)
+    result = {
+        "environment": describe(options.device),
+        "clock": options.clock,
+        "gate": faults or "green",
+        "rates": {},
+        "not_measured": [],
+        "rows": [],
+    }
+    if faults:
+        print("The correctness gate is red; these operations are not measured.", *faults, sep="\n")
+    _release(options.device)
+    result["rates"] = measure_rates(options.device, options.dtype, options.clock)
+    return Run(options, result)
+
+
 def main(arguments: list[str] | None = None) -> int:
+    start = time.perf_counter()
     options = parse(arguments)
+    if options.table:
+        rows = json.loads(options.table.read_text())["rows"]
+        print(table(rows, "triton" if any(row["provider"] == "triton" for row in rows) else "torch"))
+        return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    faults = gate(options.operations, options.providers, options.device, options.dtype)
-    if faults:
-        print("The correctness gate is red; nothing is measured.", *faults, sep="\n")
-        return 1
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    run = begin(options, arguments)
+    gate_result = run.result["gate"]
+    broken = set() if gate_result == "green" else {fault.split(":")[0] for fault in gate_result}
+    done = {row["task"] for row in run.result["rows"]}
     tokens, widths, batches = (
         (QUICK_TOKENS, QUICK_WIDTHS, QUICK_BATCHES) if options.is_quick else (TOKENS, WIDTHS, BATCHES)
     )
     sizes = [Size(n, d, b) for b in batches for d in widths for n in (options.tokens or tokens)]
-    rates = measure_rates(options.device, options.dtype)
-    result: dict[str, Any] = {"environment": describe(options.device), "rates": rates, "gate": "green", "rows": []}
-    for size in sizes:
-        for operation in options.operations:
-            for row in measure(operation, size, options, rates):
-                result["rows"].append(row)
-                _print(row)
-    if options.out:
-        options.out.write_text(to_text(result))
-    if options.plot:
-        draw(result["rows"], options.plot)
-    heavy = [row for row in result["rows"] if row.get("is_memory_linear") is False]
+    tasks = [t for t in tasks_of(options, sizes) if t.operation not in broken and t.label not in done]
+    inputs_of = functools.lru_cache(maxsize=1)(lambda size: Inputs(size, options.dtype, options.device))
+    for number, task in enumerate(tasks):
+        seconds_left = options.time_limit - (time.perf_counter() - start)
+        is_late = seconds_left < (UNROLLED_SECONDS if task.is_unrolled else 0)
+        run.result["not_measured"] = [left.label for left in tasks[number:]] if is_late else []
+        if is_late:
+            print(f"The time limit of {options.time_limit:.0f} s is reached: {len(tasks) - number} cases are left.")
+            break
+        try:
+            for row in measure(task, inputs_of(task.size), run):
+                run.add(row)
+        except Exception as error:  # a row with the reason, and on to the next case
+            run.add({**_base(task, options), "provider": "all", "note": f"failed: {_in_one_line(error)}"})
+            run.save()
+            _recover(options.device, arguments, ["--resume", "--time-limit", str(max(1.0, seconds_left))])
+        run.save()
+    run.save()
+    return _finish(run, is_red=bool(broken))
+
+
+def _recover(device: str, arguments: list[str] | None, changes: list[str]) -> None:
+    """Goes on after a failure; when the device is lost, a new process continues, with `changes` to the arguments."""
+    try:
+        _release(device)
+    except Exception:
+        print("The device is lost; a new process continues.", flush=True)
+        given = sys.argv[1:] if arguments is None else arguments
+        os.execv(sys.executable, [sys.executable, "-m", "vtc.eval.kernels", *given, *changes])
+
+
+def _finish(run: Run, *, is_red: bool) -> int:
+    rows = run.result["rows"]
+    try:
+        draw(rows, run.options.plot)
+    except ImportError:
+        print("No plot: matplotlib is missing (pip install 'vtc-toolkit[plots]'; --resume then draws it).")
+    heavy = [row for row in rows if row.get("is_memory_linear") is False]
+    failed = [row for row in rows if row.get("note", "").startswith("failed")]
     for row in heavy:
-        print(f"{row['operation']} ({row['provider']}, N={row['num_tokens']}) takes more than O(N D) memory")
-    return 1 if heavy else 0
+        print(f"{row['task']}: {row['provider']} takes more than O(N D) memory")
+    for row in failed:
+        print(f"{row['task']}: {row['provider']} {row['note']}")
+    return 1 if heavy or failed or is_red else 0
 
 
 def to_text(result: dict[str, Any]) -> str:
@@ -484,7 +512,7 @@ def to_text(result: dict[str, Any]) -> str:
 
 def _print(row: dict[str, Any]) -> None:
     size = f"N={row['num_tokens']:<6d} D={row['width']:<5d} B={row['batch']:<3d}"
-    place = f"{row['operation']:22s} {size} {row['provider']:8s}"
+    place = f"{row['operation']:26s} {size} {row['provider']:8s}"
     if "note" in row:
         print(place, row["note"], flush=True)
         return

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 TILE = 768
+SYMMETRIC_TILE = 320
 DEVICE_TILE = 2048
 LEAST_TILE = 256
 WORKSPACE_BYTES = 2 << 20
+LANES = 32
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
@@ -26,10 +28,11 @@ def chunks(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def tile_size(x: Tensor, num_columns: int) -> int:
-    """Rows per tile: at most a quarter of the tokens, and fewer when rows must be converted to the accumulator type."""
-    most = TILE if x.device.type == "cpu" else DEVICE_TILE
-    tile = max(LEAST_TILE, min(most, max(x.shape[1], num_columns) // 4))
+def tile_size(x: Tensor, num_columns: int, most: int | None = None) -> int:
+    """Rows per tile: about a third of the tokens, and fewer when rows must be converted to the accumulator type."""
+    most = (most or TILE) if x.device.type == "cpu" else DEVICE_TILE
+    third = -(-max(x.shape[1], num_columns) // (3 * LANES)) * LANES
+    tile = max(LEAST_TILE, min(most, third))
     if x.dtype == accumulator(x):
         return tile
     return max(64, min(tile, WORKSPACE_BYTES // (4 * max(1, x.shape[-1]))))
@@ -69,16 +72,31 @@ def cosine_tiles(
                 yield samples, rows, columns, _tile(x, right, x_inverse, y_inverse, samples, rows, columns)
 
 
-def symmetric_tiles(x: Tensor, x_inverse: Tensor) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Like `cosine_tiles(x, x)`, but only tiles on and above the diagonal: half the work, and s_ij is s_ji exactly."""
+Place = tuple[slice, slice, slice]
+
+
+def symmetric_places(x: Tensor) -> Iterator[Place]:
+    """(samples, rows, columns) of the tiles on and above the diagonal of x x^T; the last tile of a column is on it."""
     num_tokens = x.shape[1]
-    tile = tile_size(x, num_tokens)
+    tile = tile_size(x, num_tokens, SYMMETRIC_TILE)
     group = max(1, tile * tile // max(1, num_tokens * num_tokens))
     for samples in chunks(x.shape[0], group):
         for columns in chunks(num_tokens, tile):
-            right = x[samples, columns].to(x_inverse.dtype).transpose(1, 2)
             for rows in chunks(columns.stop, tile):
-                yield samples, rows, columns, _tile(x, right, x_inverse, x_inverse, samples, rows, columns)
+                yield samples, rows, columns
+
+
+def cosine_tile(x: Tensor, x_inverse: Tensor, place: Place) -> Tensor:
+    """Cosines of x[samples, rows] with x[samples, columns], a new tensor."""
+    samples, _, columns = place
+    right = x[samples, columns].to(x_inverse.dtype).transpose(1, 2)
+    return _tile(x, right, x_inverse, x_inverse, *place)
+
+
+def symmetric_tiles(x: Tensor, x_inverse: Tensor) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """Like `cosine_tiles(x, x)`, but only tiles on and above the diagonal: half the work, and s_ij is s_ji exactly."""
+    for place in symmetric_places(x):
+        yield *place, cosine_tile(x, x_inverse, place)
 
 
 def _tile(
@@ -102,10 +120,29 @@ def cosine_to(x: Tensor, x_inverse: Tensor, token: Tensor) -> Tensor:
     return dots * x_inverse
 
 
+def masked_columns(tile: Tensor, is_column: Tensor | None) -> Tensor:
+    """The tile with -inf in the columns that are not valid, in place; adding is far cheaper than a masked fill."""
+    if is_column is None:
+        return tile
+    penalty = torch.where(is_column, 0.0, float("-inf")).to(tile.dtype)
+    return tile.add_(penalty[..., None, :])
+
+
 def top_first(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` largest of the last dimension, ties to the lowest index (what `torch.topk` does not promise)."""
     if k == 1:
-        best = similarity.max(dim=-1, keepdim=True)
-        return best.values, best.indices
+        return _best_first(similarity)
     values, index = torch.sort(similarity, dim=-1, descending=True, stable=True)
     return values[..., :k], index[..., :k]
+
+
+def _best_first(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """`max` with its first index. On the CPU by lanes: maxima alone are vectorised, maxima with an index are not."""
+    num_columns = similarity.shape[-1]
+    if similarity.device.type != "cpu" or num_columns < 2 * LANES or num_columns % LANES:
+        best = similarity.max(dim=-1, keepdim=True)
+        return best.values, best.indices
+    lanes = similarity.unflatten(-1, (-1, LANES))
+    lane = lanes.amax(dim=-1).max(dim=-1, keepdim=True).indices
+    best = torch.take_along_dim(lanes, lane[..., None], dim=-2)[..., 0, :].max(dim=-1, keepdim=True)
+    return best.values, lane * LANES + best.indices

@@ -19,9 +19,14 @@ GRAM_SHARE = 2
 STEP_BLOCK = 32
 
 
+def has_linear_gram(x: Tensor) -> bool:
+    """True when the Gram matrix [N, N] stays within O(N D)."""
+    return x.shape[1] <= GRAM_SHARE * x.shape[2]
+
+
 def fits_one_launch(x: Tensor) -> bool:
-    """True when the Gram matrix [N, N] stays within O(N D) and a sample's state fits one program."""
-    return x.shape[1] <= min(LARGEST_IN_REGISTERS, GRAM_SHARE * x.shape[2])
+    """True when moreover a sample's state fits one program."""
+    return has_linear_gram(x) and x.shape[1] <= LARGEST_IN_REGISTERS
 
 
 @lazy_jit

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from vtc.kernels._cosine import accumulator, cosine_tiles, inverse_norm, normalise, top_first
+from vtc.kernels._cosine import accumulator, cosine_tiles, inverse_norm, masked_columns, normalise, top_first
 from vtc.kernels._dispatch import Cost, cdiv, choose_path, lazy_jit, next_power_of_two, register, tl
 from vtc.kernels._tiles import dot_tile, inverse_norm_triton, split_columns, tile_blocks
 
@@ -110,9 +110,9 @@ def _torch(
     values = source.new_full(shape, float("-inf"), dtype=accumulator(source))
     index = torch.full(shape, -1, dtype=torch.int64, device=source.device)
     for samples, rows, columns, tile in cosine_tiles(source, target, None, inverse_norm(target)):
-        if target_mask is not None:
-            tile.masked_fill_(~target_mask[samples, None, columns], float("-inf"))
+        masked_columns(tile, None if target_mask is None else target_mask[samples, columns])
         best, where = top_first(tile, min(topk, tile.shape[-1]))
+        del tile  # its memory is free for the next one
         where = where + columns.start
         old_values, old_index = values[samples, rows], index[samples, rows]
         if topk == 1:

@@ -221,14 +221,16 @@ def _nearest(x: Tensor, inverse: Tensor, seen: Tensor, is_symmetric: bool) -> Te
     """Largest similarity of every token with another token of `seen`, -1 without one."""
     nearest = torch.full_like(inverse, -1.0)
     tiles = symmetric_tiles(x, inverse) if is_symmetric else cosine_tiles(x, x, inverse, inverse)
+    penalty = torch.where(seen, 0.0, float("-inf")).to(inverse.dtype)
     for samples, rows, columns, tile in tiles:
         if rows.start == columns.start:
             tile.diagonal(dim1=1, dim2=2).fill_(-1.0)
         elif is_symmetric:
-            below = tile.masked_fill(~seen[samples, rows, None], -1.0).amax(dim=1)
+            below = (tile + penalty[samples, rows, None]).amax(dim=1)
             nearest[samples, columns] = torch.maximum(nearest[samples, columns], below)
-        right = tile.masked_fill_(~seen[samples, None, columns], -1.0).amax(dim=2)
+        right = tile.add_(penalty[samples, None, columns]).amax(dim=2)
         nearest[samples, rows] = torch.maximum(nearest[samples, rows], right)
+        del tile  # its memory is free for the next one
     return nearest
 
 

@@ -19,6 +19,7 @@ from vtc.kernels._dispatch import Cost, cdiv, choose_path, lazy_jit, next_power_
 from vtc.kernels._tiles import dot_arithmetic
 
 ROW_BYTES = 2 << 20
+DEVICE_ROW_BYTES = 8 << 20  # fewer launches
 LEAST_ROWS = 32
 WIDEST_HEAD = 256
 LOG2_E = 1.4426950408889634
@@ -91,7 +92,8 @@ def _torch(q: Tensor, k: Tensor, segments: Tensor | None, causal: bool, scale: f
     groups = k.shape[1]
     repeat = heads // groups
     received = q.new_zeros((batch, heads, num_tokens), dtype=dtype)
-    step = max(LEAST_ROWS, ROW_BYTES // (4 * max(1, repeat * num_tokens)))
+    row_bytes = ROW_BYTES if q.device.type == "cpu" else DEVICE_ROW_BYTES
+    step = max(LEAST_ROWS, row_bytes // (4 * max(1, repeat * num_tokens)))
     position = torch.arange(num_tokens, device=q.device)
     for b in range(batch):
         for g in range(groups):

@@ -4,7 +4,8 @@
 
 `similarity_degree` has f = identity (`sum`, `mean`), the identity above a threshold, or the indicator `s >= threshold`
 (`count`). Without a threshold the sum is `x^_i . sum_j x^_j` (x^ = x / |x|) and costs O(N D); with one, every pair is
-visited and no N x N matrix is stored. `similarity_propagate` applies W(x) to a vector, W recomputed on the fly.
+visited and no N x N matrix is stored. `similarity_propagate` applies W(x) to a vector, W recomputed on the fly or kept
+within O(N D) between its steps.
 """
 
 from typing import Any, no_type_check
@@ -13,12 +14,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vtc.kernels._cosine import WORKSPACE_BYTES, accumulator, chunks, inverse_norm, normalise, symmetric_tiles
+from vtc.kernels._cosine import WORKSPACE_BYTES, accumulator, chunks, inverse_norm, normalise
 from vtc.kernels._dispatch import Cost, cdiv, choose_path, lazy_jit, next_power_of_two, register, tl
+from vtc.kernels._graph import EXPONENTIAL, IDENTITY, INDICATOR, Graph, edge_weight
+from vtc.kernels._greedy import gram_triton, has_linear_gram
 from vtc.kernels._tiles import dot_tile, inverse_norm_triton, split_columns, tile_blocks
 
 REDUCTIONS = ("sum", "mean", "count")
-IDENTITY, INDICATOR, EXPONENTIAL = 0, 1, 2
+RECOMPUTED_PASSES = 2  # on a device; for more, reading a stored matrix is expected to cost less (not measured)
 
 
 def similarity_degree(
@@ -64,8 +67,8 @@ def similarity_propagate(
     Without `temperature`, W_ij = s_ij if s_ij >= threshold else 0. With it, row i of W is the softmax of
     s_ij / temperature over the neighbours s_ij >= threshold (no threshold: over all valid tokens), and zero vectors
     have no neighbours. `transpose` lets values flow along the rows into the columns: y W. G-Prune's propagation is
-    `threshold=0.5, temperature=0.03, steps=5, transpose=True`. Invalid tokens neither give nor receive. Every step
-    visits all pairs again, so that memory stays O(N).
+    `threshold=0.5, temperature=0.03, steps=5, transpose=True`. Invalid tokens neither give nor receive. Memory stays
+    O(N D): between the steps W is kept as far as that allows, and recomputed otherwise.
 
     >>> similarity_propagate(torch.eye(2)[None, [0, 0, 1]], torch.tensor([[1.0, 2.0, 4.0]]))
     tensor([[3., 3., 4.]])
@@ -158,7 +161,7 @@ def _torch(x: Tensor, mask: Tensor | None, reduce: str, threshold: float | None,
         )
     else:
         kind = INDICATOR if reduce == "count" else IDENTITY
-        degree = _apply(x, inverse, valid, kind, threshold, 1.0, include_self)
+        degree = Graph(x, inverse, kind, threshold, 1.0, include_self=include_self).apply(valid)
     degree = degree * valid
     return _mean(degree, valid, include_self) if reduce == "mean" else degree
 
@@ -174,41 +177,6 @@ def linear_similarity(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
     for rows in chunks(x.shape[1], max(1, step)):
         result[:, rows] = torch.bmm(x[:, rows].to(inverse.dtype), total.transpose(1, 2))[..., 0]
     return result * inverse
-
-
-def _apply(
-    x: Tensor,
-    inverse: Tensor,
-    weight: Tensor,
-    kind: int,
-    threshold: float | None,
-    temperature: float,
-    include_self: bool = True,
-) -> Tensor:
-    """sum_j f(s_ij) w_j for all i, by symmetric tiles; f is the identity, the indicator or exp((s - 1) / t)."""
-    result = torch.zeros_like(inverse)
-    own = (inverse > 0).to(inverse.dtype)
-    for samples, rows, columns, tile in symmetric_tiles(x, inverse):
-        diagonal = rows.start == columns.start
-        if diagonal:
-            tile.diagonal(dim1=1, dim2=2).copy_(own[samples, rows])
-        tile = _edge_weight(tile, kind, threshold, temperature)
-        if diagonal and not include_self:
-            tile.diagonal(dim1=1, dim2=2).zero_()
-        result[samples, rows] += torch.bmm(tile, weight[samples, columns, None])[..., 0]
-        if not diagonal:
-            result[samples, columns] += torch.bmm(weight[samples, None, rows], tile)[:, 0]
-    return result
-
-
-def _edge_weight(tile: Tensor, kind: int, threshold: float | None, temperature: float) -> Tensor:
-    """f of a tile of similarities, in place where possible."""
-    below = None if threshold is None else tile < threshold
-    if kind == INDICATOR:
-        tile.fill_(1.0)
-    if kind == EXPONENTIAL:
-        tile.sub_(1.0).div_(temperature).exp_()
-    return tile if below is None else tile.masked_fill_(below, 0.0)
 
 
 def _propagate_with(
@@ -247,15 +215,19 @@ def _propagate_torch(
     transpose: bool,
 ) -> Tensor:
     inverse = inverse_norm(x)
+    kind = IDENTITY if temperature is None else EXPONENTIAL
+    graph = Graph(x, inverse, kind, threshold, temperature or 1.0, keep=_passes(temperature, steps) > 1)
 
     def apply(weight: Tensor) -> Tensor:
-        if temperature is not None:
-            return _apply(x, inverse, weight, EXPONENTIAL, threshold, temperature)
-        if threshold is not None:
-            return _apply(x, inverse, weight, IDENTITY, threshold, 1.0)
-        return linear_similarity(x, inverse, weight)
+        is_linear = threshold is None and temperature is None
+        return linear_similarity(x, inverse, weight) if is_linear else graph.apply(weight)
 
     return _propagate_with(apply, inverse, y, _valid(x, mask), temperature, steps, transpose)
+
+
+def _passes(temperature: float | None, steps: int) -> int:
+    """How often the matrix is applied: once per step, and once for the row sums of the softmax."""
+    return steps + (temperature is not None and steps > 0)
 
 
 @lazy_jit
@@ -450,15 +422,26 @@ def _propagate_triton(
     if x.numel() == 0:
         return _propagate_torch(x, y, mask, threshold, temperature, steps, transpose)
     inverse = inverse_norm_triton(x)
+    kind = IDENTITY if temperature is None else EXPONENTIAL
+    is_linear = threshold is None and temperature is None
+    is_stored = not is_linear and _passes(temperature, steps) > RECOMPUTED_PASSES and has_linear_gram(x)
+    matrix = _stored_triton(x, inverse, kind, threshold, temperature or 1.0) if is_stored else None
 
     def apply(weight: Tensor) -> Tensor:
-        if temperature is not None:
-            return _apply_triton(x, inverse, weight, EXPONENTIAL, threshold, temperature)
-        if threshold is not None:
-            return _apply_triton(x, inverse, weight, IDENTITY, threshold, 1.0)
-        return linear_triton(x, inverse, weight)
+        if matrix is not None:
+            return torch.bmm(matrix, weight[..., None])[..., 0]
+        if is_linear:
+            return linear_triton(x, inverse, weight)
+        return _apply_triton(x, inverse, weight, kind, threshold, temperature or 1.0)
 
     return _propagate_with(apply, inverse, y, _valid(x, mask), temperature, steps, transpose)
+
+
+def _stored_triton(x: Tensor, inverse: Tensor, kind: int, threshold: float | None, temperature: float) -> Tensor:
+    """f(s_ij) for all pairs, [B, N, N] float32."""
+    matrix = gram_triton(x, inverse)
+    matrix.diagonal(dim1=1, dim2=2).copy_(inverse > 0)
+    return edge_weight(matrix, kind, threshold, temperature)
 
 
 def _fake(x: Tensor, mask: Any, reduce: str, threshold: Any, include_self: bool, impl: str | None) -> Tensor:

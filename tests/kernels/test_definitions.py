@@ -24,7 +24,7 @@ dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
 SMALL_BLOCKS = {
-    "_cosine": {"TILE": 16, "LEAST_TILE": 16, "WORKSPACE_BYTES": 1024},
+    "_cosine": {"TILE": 16, "SYMMETRIC_TILE": 16, "LEAST_TILE": 16, "LANES": 4, "WORKSPACE_BYTES": 1024},
     "attention_rows": {"ROW_BYTES": 1},
     "frame_similarity": {"WORKSPACE_BYTES": 1024},
     "received_attention": {"ROW_BYTES": 1, "LEAST_ROWS": 16},
@@ -139,6 +139,11 @@ def test_rows_as_wide_as_8192(impl):
     s = cosines(x, x)[0]
     assert_near(kernels.cosine_match(x, x, impl=impl)[0][0, :, 0], s.amax(dim=-1))
     assert_near(kernels.similarity_degree(x, impl=impl)[0], s.sum(dim=-1), tolerance=1e-5)
+    assert_near(
+        kernels.similarity_propagate(x, x[..., 0].float(), steps=2, threshold=-1.0, impl=impl)[0],
+        s @ s @ x[0, :, 0].double(),
+        tolerance=1e-5,
+    )
     assert kernels.farthest_point(x, 5, impl=impl)[0].unique().numel() == 5
 
 
@@ -191,14 +196,15 @@ def test_similarity_degree(impl, seed, dtype, n, reduce, threshold, include_self
 @few
 @given(
     seed=seeds,
+    dtype=dtypes,
     n=sizes,
     threshold=st.sampled_from([None, 0.2]),
     temperature=st.sampled_from([None, 0.03, 1.0]),
     steps=st.sampled_from([0, 1, 3]),
     transpose=st.booleans(),
 )
-def test_similarity_propagate(impl, seed, n, threshold, temperature, steps, transpose):
-    x, mask = gaussian(seed, torch.float32, 2, n, 24), drawn_mask(seed, 2, n)
+def test_similarity_propagate(impl, seed, dtype, n, threshold, temperature, steps, transpose):
+    x, mask = gaussian(seed, dtype, 2, n, 24), drawn_mask(seed, 2, n)
     y = torch.rand(2, n, generator=generator(seed))
     s = self_cosines(x)
     if threshold is not None and (s - threshold).abs().min() < 1e-5:

@@ -1,5 +1,6 @@
 """Which path runs and why, what torch.compile and FLOP counters see, and what the operations refuse."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -59,16 +60,29 @@ def test_operator_is_registered_with_a_fake_and_a_flop_formula(name):
     assert [(o.shape, o.dtype) for o in real] == [(o.shape, o.dtype) for o in fake]
 
 
-def test_compiled_code_holds_one_operator_and_gives_the_same_result():
+def test_every_operation_is_one_node_of_a_full_graph():
     """Without the shape hook (checked functions do not compile in one graph), in a process of its own."""
     code = (
-        "import torch, vtc.kernels as kernels\n"
-        "x = torch.randn(2, 33, 16)\n"
-        "def f(x):\n    return kernels.cosine_match(x * 2, x)[1] + kernels.farthest_point(x, 3).sum()\n"
-        "assert torch.equal(torch.compile(f, fullgraph=True, backend='aot_eager')(x), f(x))"
+        "import sys, torch\n"
+        "from torch._dynamo.backends.debugging import aot_eager\n"
+        f"sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
+        "from test_dispatch import CALLS, Q, X\n"
+        "for name, call in CALLS.items():\n"
+        "    torch._dynamo.reset()\n"
+        "    nodes = []\n"
+        "    def backend(graph, inputs):\n"
+        "        nodes.extend(n for n in graph.graph.nodes if str(n.target).startswith('vtc.'))\n"
+        "        return aot_eager(graph, inputs)\n"
+        "    compiled = torch.compile(lambda x, q: call(x * 2, q), fullgraph=True, backend=backend)\n"
+        "    want, got = call(X * 2, Q), compiled(X, Q)\n"
+        "    want, got = (out if isinstance(out, tuple) else (out,) for out in (want, got))\n"
+        "    assert len(nodes) == 1, (name, nodes)\n"
+        "    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True)), name\n"
+        "print('compiled', len(CALLS))"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["compiled", str(len(CALLS))]
 
 
 def test_flops_of_a_match_are_two_per_multiply_add():
@@ -93,6 +107,11 @@ def test_empty_batch_and_single_token(batch, impl):
     assert kernels.cosine_match(x, x, impl=impl)[1].shape == (batch, 1, 1)
     assert kernels.cosine_match(x, x[:, :0], impl=impl)[1].tolist() == [[[-1]]] * batch
     assert kernels.similarity_degree(x, impl=impl).tolist() == [[1.0]] * batch
+    assert kernels.bipartite_match(x, impl=impl)[1].tolist() == [[-1]] * batch
+    options = {"threshold": 0.5, "temperature": 0.1, "steps": 3}
+    assert kernels.similarity_propagate(x, x[..., 0], **options, impl=impl).tolist() == [[1.0]] * batch
+    assert kernels.temporal_match(x[:, :0], 0.5, impl=impl).tolist() == [[[0] * 4]] * batch
+    assert kernels.max_min(x, 2, impl=impl).tolist() == [[0, -1]] * batch
     assert kernels.farthest_point(x, 2, impl=impl).tolist() == [[0, -1]] * batch
     assert kernels.max_sum(x, 2, impl=impl).tolist() == [[0, -1]] * batch
     assert kernels.dpp_map((x, x[..., 0]), 2, impl=impl).tolist() == [[0, -1]] * batch
@@ -120,6 +139,19 @@ def test_environment_forces_a_path_and_the_argument_wins(monkeypatch):
     monkeypatch.setenv("VTC_KERNELS", "cuda")
     with pytest.raises(ValueError, match="choose one of"):
         kernels.choose_path(X)
+
+
+def test_each_value_of_the_environment_is_a_reason(monkeypatch):
+    monkeypatch.setattr(_dispatch, "has_triton", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("VTC_KERNELS", raising=False)
+    assert kernels.choose_path(X) == ("torch", "Triton interprets kernels here, which is for tests only")
+    monkeypatch.setenv("VTC_KERNELS", "triton")
+    assert kernels.choose_path(X) == ("triton", "VTC_KERNELS=triton forces it")
+    with pytest.raises(RuntimeError, match=r"do not take torch\.float64"):
+        kernels.choose_path(X.double())
+    monkeypatch.setenv("VTC_KERNELS", "torch")
+    assert kernels.choose_path(X) == ("torch", "VTC_KERNELS=torch forces it")
 
 
 def test_missing_triton_is_a_reason_not_an_error(monkeypatch):
