@@ -1,0 +1,205 @@
+"""`vtc eval`: benchmarks of lmms-eval with methods at budgets, or a paper's table again."""
+
+import os
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vtc.cli import Json, app, print_json
+from vtc.errors import EvaluationError, SpecError
+from vtc.eval.lmms import presets
+from vtc.eval.lmms.evaluate import TASKS, Settings, sweep
+from vtc.registry import methods
+from vtc.spec import format_spec, parse
+from vtc.tokens import Budget
+
+
+@app.command("eval")
+def eval_command(
+    tasks: Annotated[
+        str, typer.Option(help="Tasks or groups of lmms-eval, separated by commas; 'lmms-eval tasks list' shows all.")
+    ] = "vtc_scenes",
+    method: Annotated[
+        str, typer.Option("--methods", help="Spec strings, separated by semicolons or commas; 'all' for every method.")
+    ] = "visionzip",
+    budget: Annotated[
+        str, typer.Option("--budgets", help="Token counts or shares, separated by commas, for specs without their own.")
+    ] = "64",
+    model: Annotated[str | None, typer.Option(help="Folder or hub id. None: the embedded model.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A published table: its model, tasks, methods and budgets, and its numbers.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Result file; finished tasks in it are not run again.")] = Path("eval.json"),
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... None: a GPU if there is one.")] = None,
+    positions: Annotated[str, typer.Option(help="Position ids: original, compact or auto.")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="First questions of each task. None: all.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once, where lmms-eval's class can.")] = 1,
+    lmms_model: Annotated[
+        str | None, typer.Option(help="lmms-eval's model id, such as llava_hf. None: the one for the model's type.")
+    ] = None,
+    simple: Annotated[
+        bool, typer.Option("--simple", help="lmms-eval's simple class instead of the chat class.")
+    ] = False,
+    model_args: Annotated[
+        str, typer.Option(help="Further arguments of lmms-eval's class: name=value, separated by commas.")
+    ] = "",
+    include_path: Annotated[list[Path] | None, typer.Option(help="A folder with further task files.")] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="After a failure go on with the next method; still exits non-zero.")
+    ] = False,
+    list_presets: Annotated[bool, typer.Option("--list-presets", help="List the presets and exit.")] = False,
+    tasks_path: Annotated[
+        bool, typer.Option("--tasks-path", help="Print the folder of our task files, for lmms_eval --include_path.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Scores of lmms-eval for methods at budgets beside the dense model, with times and tokens."""
+    if tasks_path:
+        typer.echo(TASKS)
+        return
+    if list_presets:
+        _list_presets()
+        return
+    table = None if preset is None else presets.load(preset)
+    if table is None:
+        specs = _specs(method, budget)
+        settings = Settings(
+            tuple(name.strip() for name in tasks.split(",")),
+            model,
+            lmms_model,
+            positions,
+            limit,
+            batch_size,
+            simple,
+            _arguments(model_args),
+        )
+    else:
+        specs, settings = list(table.specs), table.settings(limit, model)
+    errors = Console(stderr=True)
+    try:
+        result = sweep(
+            settings,
+            specs,
+            device=device,
+            include=include_path or (),
+            path=out,
+            keep_going=keep_going,
+            progress=lambda line: errors.print(line, highlight=False, markup=False),
+        )
+    except EvaluationError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        raise
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print_json(result)
+    elif table is not None:
+        _show_preset(table, result)
+    else:
+        _show(result)
+    failed = {name: cell["failed"] for name, cell in result["cells"].items() if "failed" in cell}
+    if failed:
+        raise EvaluationError("; ".join(f"{name} failed on {reason}" for name, reason in failed.items()))
+
+
+def _specs(methods_text: str, budgets: str) -> list[str]:
+    if methods_text.strip() == "all":
+        written = list(methods())
+    else:
+        # commas also separate the options of one spec, which stand in parentheses
+        written, depth = [""], 0
+        for sign in methods_text:
+            depth += {"(": 1, ")": -1}.get(sign, 0)
+            if sign == ";" or (sign == "," and not depth):
+                written.append("")
+            else:
+                written[-1] += sign
+    found: dict[str, None] = {}
+    for text in filter(None, map(str.strip, written)):
+        needs = any(part.budget is None for part in parse(text))
+        for value in budgets.split(",") if needs else [None]:
+            found[format_spec(parse(text, None if value is None else Budget.of(value.strip())))] = None
+    if not found:
+        raise SpecError("no method given. Write for example --methods visionzip,fastv or --methods all.")
+    return list(found)
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, sign, value = item.partition("=")
+        if not sign:
+            raise SpecError(f"model argument {item!r} is not of the form name=value.")
+        found[name] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    for convert in (int, float, {"true": True, "false": False}.__getitem__):
+        try:
+            return convert(text.lower())
+        except (ValueError, KeyError):
+            continue
+    return text
+
+
+def _list_presets() -> None:
+    console = Console()
+    for name in presets.names():
+        preset = presets.load(name)
+        awaits = f" [yellow](awaits method {preset.awaits})[/]" if preset.awaits else ""
+        console.print(f"[bold]{', '.join((name, *preset.aliases))}[/]{awaits}", highlight=False)
+        console.print(f"  {preset.title}; {preset.model}; numbers from: {preset.source}", highlight=False, markup=False)
+
+
+def _show_preset(preset: presets.Preset, result: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("", "", *preset.columns, title=f"{preset.title} (arXiv {preset.arxiv})")
+    last = None
+    for label, what, numbers in presets.comparison(preset, result):
+        table.add_row("" if label == last else label, what, *(numbers.get(name, "") for name in preset.columns))
+        last = label
+    console.print(table)
+    limit = result["run"]["suite"]["limit"]
+    notes = {
+        "published numbers": preset.source,
+        "budget": preset.convention,
+        "caution": f"only the first {limit} questions of each task" if limit else "",
+        "note": preset.notes,
+        **{name: column.note for name, column in preset.columns.items()},
+    }
+    for name, text in notes.items():
+        if text:
+            console.print(f"{name}: {text}", highlight=False, markup=False)
+    _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    console = Console()
+    # the others need a wide terminal; the result file has them in any case
+    times = ("ttft_ms", "tpot_ms", "selection_ms") if console.width >= 120 else ("ttft_ms",)
+    headings = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "selection_ms": "selection ms"}
+    table = Table("method", "tokens", "task", "score", "as dense", *(headings[time] for time in times))
+    for column in table.columns:
+        column.overflow = "fold"
+    for name, cell in result["cells"].items():
+        if "tasks" not in cell:
+            table.add_row(name, "", "refused" if "refused" in cell else "failed")
+            continue
+        left = [name, f"{cell['tokens']['layer_average']:g}" if "tokens" in cell else ""]
+        right = [f"{cell['agreement_with_dense']:.1%}" if "agreement_with_dense" in cell else ""]
+        right += [f"{cell[time]['median']:.1f}" if time in cell else "" for time in times]
+        for task, record in cell["tasks"].items():
+            scores = record["scores"]
+            # of a group the whole, if it has a score of its own
+            for part in [task] if task in scores else scores:
+                text = "\n".join(f"{metric} {value:.4g}" for metric, value in scores[part].items())
+                table.add_row(*left, part, text, *right)
+                left, right = ["", ""], [""] * len(right)
+    console.print(table)
+    console.print("tokens: average over layers; TTFT: median of single requests, vision tower included", style="dim")
