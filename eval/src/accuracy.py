@@ -1,160 +1,102 @@
-"""Accuracy of methods at token budgets on the drawn scenes, beside the dense model and the controls.
+"""Answers of a model to a suite of questions, and what they are worth."""
 
-One cell is one method at one budget. Cells are written to the result file as they are finished, so a run that was
-stopped goes on where it was.
-"""
-
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vtc.engine import compress
-from vtc.errors import VTCError
-from vtc.eval.environment import environment
-from vtc.eval.intervals import accuracy_table
+from vtc.engine import Handle
+from vtc.eval.intervals import accuracy_table, wilson
 from vtc.eval.loading import Loaded
-from vtc.eval.scenes import CATEGORIES, Question, Scene, scene_suite
-
-VERSION = 1
-DENSE = "dense"
-Suite = Sequence[tuple[Scene, Question]]
+from vtc.eval.suites import Suite, is_right
+from vtc.report import Report
 
 
-def sweep(
-    loaded: Loaded,
-    methods: Sequence[str],
-    budgets: Sequence[int | float],
-    per_category: int,
-    *,
-    positions: str = "auto",
-    seed: int = 0,
-    batch_size: int = 8,
-    path: Path | None = None,
-    progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Run every method at every budget, and the dense model once.
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered.
 
     Args:
-        per_category: held-out questions of each category.
-        positions: position policy, as for `vtc.patch`.
-        path: result file; cells that it already holds for the same suite are not run again.
-        progress: called with a line for each finished cell.
-
-    Returns:
-        The content of the result file: `suite`, `environment` and one entry of `cells` per method and budget, with
-        accuracy per category (Wilson intervals), agreement with the dense answers, token counts and milliseconds. A
-        method that the model refuses has `refused` with the reason instead.
+        texts: one answer per question, in the order of the suite.
+        reports: one per batch; none for the uncompressed model.
+        seconds: wall time of all generation.
     """
-    about = {"version": VERSION, "model": loaded.name, "split": "test", "per_category": per_category, "seed": seed}
-    about["positions"] = positions
-    result: dict[str, Any] = {"suite": about, "environment": environment(loaded.model.device), "cells": {}}
-    if path is not None and path.exists():
-        stored = json.loads(path.read_text())
-        if stored["suite"] == about:
-            result["cells"] = stored["cells"]
-    suite = scene_suite("test", per_category, seed)
-    for name, spec, budget in _cells(methods, budgets):
-        if name in result["cells"]:
-            continue
-        cell = _cell(loaded, suite, spec, budget, positions, batch_size)
-        if spec is not None and "answers" in cell:
-            dense = result["cells"][DENSE]["answers"]
-            same = sum(a == b for a, b in zip(cell["answers"], dense, strict=True))
-            cell["agreement_with_dense"] = round(same / len(dense), 4)
-        result["cells"][name] = cell
-        if path is not None:
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(result, indent=1))
-            part.replace(path)
-        progress(f"{name}: {cell['accuracy']['overall']['accuracy']:.1%}" if "accuracy" in cell else f"{name}: refused")
-    return result
+
+    texts: tuple[str, ...]
+    reports: tuple[Report, ...]
+    seconds: float
 
 
-def _cells(methods: Sequence[str], budgets: Sequence[int | float]) -> Iterator[tuple[str, str | None, Any]]:
-    yield DENSE, None, None
-    for spec in methods:
-        for budget in budgets:
-            yield f"{spec}:{budget}", spec, budget
+class Prepared:
+    """A suite as `batches` of model inputs: read, resized and tokenised once for all cells."""
+
+    def __init__(self, loaded: Loaded, suite: Suite, batch_size: int) -> None:
+        self.loaded, self.suite = loaded, suite
+        self.batches = list(self._prepare(batch_size))
+
+    def _prepare(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+        loaded = self.loaded
+        for first in range(0, len(self.suite.items), batch_size):
+            part = self.suite.items[first : first + batch_size]
+            yield loaded.batch([item.image for item in part], [item.question for item in part])
+
+    def answers(self, handle: Handle | None = None) -> Answers:
+        """Answer every question greedily; `handle` is the patch in force."""
+        texts: list[str] = []
+        reports: list[Report] = []
+        model = self.loaded.model
+        start = time.perf_counter()
+        for inputs in self.batches:
+            with torch.inference_mode():
+                ids = model.generate(**inputs, max_new_tokens=self.suite.max_new_tokens, do_sample=False)
+            length = inputs["input_ids"].shape[1]
+            texts += [self.loaded.answer(row, length) for row in ids]
+            if handle is not None:
+                reports.append(handle.report)
+        return Answers(tuple(texts), tuple(reports), time.perf_counter() - start)
 
 
-def _cell(
-    loaded: Loaded, suite: Suite, spec: str | None, budget: Any, positions: str, batch_size: int
-) -> dict[str, Any]:
-    if spec is None:
-        answers, seconds, _ = _answers(loaded, suite, batch_size, None)
-        return _scored(suite, answers, seconds, {})
-    try:
-        with compress(loaded.model, spec, budget, positions=positions) as handle:
-            answers, seconds, report = _answers(loaded, suite, batch_size, handle)
-    except VTCError as error:
-        return {"refused": str(error)}
-    tokens = {
-        "before": report.visual_tokens[0],
-        "entering_llm": report.entering[0],
-        "after_last_cut": report.after_last_cut[0],
-        "layer_average": report.layer_average[0],
+def score(suite: Suite, answers: Answers) -> dict[str, Any]:
+    """Accuracy per category with Wilson intervals, and the single answers."""
+    right = [is_right(text, item.answers) for item, text in zip(suite.items, answers.texts, strict=True)]
+    counts = dict.fromkeys(suite.categories, (0, 0))
+    for item, hit in zip(suite.items, right, strict=True):
+        hits, number = counts[item.category]
+        counts[item.category] = (hits + hit, number + 1)
+    return {
+        "accuracy": accuracy_table(counts),
+        "correct": "".join("01"[hit] for hit in right),
+        "answers": list(answers.texts),
+        "seconds": round(answers.seconds, 2),
     }
-    cost = {
-        "flops": report.flops / len(report.visual_tokens),
-        "flops_dense": report.flops_dense / len(report.visual_tokens),
+
+
+def loyalty(answers: Sequence[str], dense: Sequence[str]) -> dict[str, Any]:
+    """Share of answers that are those of the uncompressed model, right or wrong, with its Wilson interval."""
+    same = sum(a == b for a, b in zip(answers, dense, strict=True))
+    low, high = wilson(same, len(dense))
+    return {"share": round(same / len(dense), 4), "wilson95": [round(low, 4), round(high, 4)]}
+
+
+def costs(reports: Sequence[Report]) -> dict[str, Any]:
+    """Token counts in the three conventions, FLOPs of the LLM's prefill and KV bytes, as means over samples."""
+    samples = sum(len(report.visual_tokens) for report in reports)
+
+    def mean(values: Iterator[float]) -> float:
+        return round(sum(values) / samples, 2)
+
+    return {
+        "tokens": {
+            "before": mean(n for report in reports for n in report.visual_tokens),
+            "entering_llm": mean(n for report in reports for n in report.entering),
+            "after_last_cut": mean(n for report in reports for n in report.after_last_cut),
+            "layer_average": mean(n for report in reports for n in report.layer_average),
+        },
+        "flops": round(sum(report.flops for report in reports) / samples),
+        "flops_dense": round(sum(report.flops_dense for report in reports) / samples),
+        "kv_bytes": round(sum(report.kv_bytes for report in reports) / samples),
+        "kv_bytes_dense": round(sum(report.kv_bytes_dense for report in reports) / samples),
+        "notes": sorted({note for report in reports for note in report.notes}),
     }
-    return _scored(
-        suite, answers, seconds, {"spec": handle.spec, "positions": handle.positions, "tokens": tokens, **cost}
-    )
-
-
-def _answers(loaded: Loaded, suite: Suite, batch_size: int, handle: Any) -> tuple[list[str], float, Any]:
-    answers: list[str] = []
-    report = None
-    start = time.perf_counter()
-    for first in range(0, len(suite), batch_size):
-        part = suite[first : first + batch_size]
-        texts = [loaded.prompt(question.prompt) for _, question in part]
-        images = [scene.image for scene, _ in part]
-        batch = loaded.processor(images=images, text=texts, return_tensors="pt", padding=True)
-        inputs = dict(batch.to(loaded.model.device, loaded.model.dtype))
-        with torch.inference_mode():
-            ids = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        length = inputs["input_ids"].shape[1]
-        answers += [loaded.answer(row, length) for row in ids]
-        report = report or (handle.report if handle is not None else None)
-    return answers, time.perf_counter() - start, report
-
-
-def _scored(suite: Suite, answers: list[str], seconds: float, about: dict[str, Any]) -> dict[str, Any]:
-    counts = {category: [0, 0] for category in CATEGORIES}
-    for (_, question), answer in zip(suite, answers, strict=True):
-        counts[question.category][0] += answer == question.answer
-        counts[question.category][1] += 1
-    table = accuracy_table({name: (right, number) for name, (right, number) in counts.items()})
-    return {**about, "accuracy": table, "seconds": round(seconds, 2), "answers": answers}
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result file as a Markdown table: one row per method, one column per budget, Wilson 95 % intervals."""
-    cells = result["cells"]
-    budgets = list(dict.fromkeys(name.rpartition(":")[2] for name in cells if name != DENSE))
-    specs = list(dict.fromkeys(name.rpartition(":")[0] for name in cells if name != DENSE))
-    rows = [
-        "| method | " + " | ".join(f"{budget} tokens" for budget in budgets) + " |",
-        "|---" * (len(budgets) + 1) + "|",
-    ]
-    rows += [f"| `{spec}` | " + " | ".join(_share(cells.get(f"{spec}:{b}")) for b in budgets) + " |" for spec in specs]
-    questions = cells[DENSE]["accuracy"]["overall"]["questions"]
-    rows += [
-        "",
-        f"All tokens: {_share(cells[DENSE])} of {questions} held-out questions, 95 % intervals in parentheses.",
-    ]
-    return "\n".join(rows)
-
-
-def _share(cell: dict[str, Any] | None) -> str:
-    if cell is None or "accuracy" not in cell:
-        return "refused" if cell else ""
-    whole = cell["accuracy"]["overall"]
-    low, high = (round(100 * bound) for bound in whole["wilson95"])
-    return f"{100 * whole['accuracy']:.1f} % ({low}-{high})"

@@ -1,4 +1,4 @@
-"""Commands that run or read models: `vtc run`, `vtc bench`, `vtc doctor`."""
+"""Commands that run or read models: `vtc run`, `vtc doctor`, `vtc calibrate`, and those of `vtc.eval.bench_cli`."""
 
 import random
 from pathlib import Path
@@ -8,15 +8,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vtc.cli import Json, Markdown, app, print_json
-from vtc.eval.accuracy import markdown, sweep
+from vtc.cli import Json, app, print_json
+from vtc.eval import bench_cli
+from vtc.eval.calibrate import calibrate_command
 from vtc.eval.doctor import diagnose
 from vtc.eval.loading import embedded_path, load, open_image
 from vtc.eval.run import RunResult, run
-from vtc.eval.scenes import CATEGORIES, draw_scene, questions
-from vtc.registry import methods
-from vtc.spec import parse
-from vtc.tokens import Budget
+from vtc.eval.scenes import draw_scene, questions
+
+bench_cli.add_to(app)
+app.command("calibrate")(calibrate_command)
 
 
 @app.command("run")
@@ -93,62 +94,6 @@ def doctor_command(
         console.print(f"[bold red]cannot run[/] [bold]{method}[/]: {reason}", highlight=False)
 
 
-@app.command("bench")
-def bench_command(
-    method: Annotated[
-        str, typer.Option("--methods", help="Spec strings without budget, separated by commas; 'all' for every method.")
-    ] = "all",
-    budget: Annotated[str, typer.Option("--budgets", help="Token counts or shares, separated by commas.")] = "64",
-    per_category: Annotated[int, typer.Option(min=1, help="Questions of each category.")] = 25,
-    model: Annotated[str | None, typer.Option(help="Folder or hub id. None: the embedded model.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... None: a GPU if there is one.")] = None,
-    positions: Annotated[str, typer.Option(help="Position ids: original, compact or auto.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the suite.")] = 0,
-    out: Annotated[Path, typer.Option(help="Result file; finished cells in it are not run again.")] = Path(
-        "bench.json"
-    ),
-    as_json: Json = False,
-    as_markdown: Markdown = False,
-) -> None:
-    """Accuracy of methods at token budgets on the drawn scenes, with 95 % intervals, beside the dense model."""
-    chosen = list(methods()) if method == "all" else [name.strip() for name in method.split(",")]
-    wanted = [resolved.tokens or resolved.ratio for resolved in map(Budget.of, budget.split(","))]
-    for spec in chosen:
-        parse(spec, 1)  # a typing error shows before anything runs
-    console = Console(stderr=True)
-    result = sweep(
-        load(model, device),
-        chosen,
-        [value for value in wanted if value is not None],
-        per_category,
-        positions=positions,
-        seed=seed,
-        path=out,
-        progress=lambda line: console.print(line, highlight=False),
-    )
-    if as_json:
-        print_json(result)
-        return
-    if as_markdown:
-        typer.echo(markdown(result))
-        return
-    output = Console()
-    # eight more columns need a wide terminal; the result file has them in any case
-    categories = CATEGORIES if output.width >= 140 else ()
-    table = Table("method", "tokens", "accuracy", "95 %", "as dense", *categories, title=result["suite"]["model"])
-    for name, cell in result["cells"].items():
-        if "accuracy" not in cell:
-            table.add_row(name, "refused")
-            continue
-        whole = cell["accuracy"]["overall"]
-        low, high = whole["wilson95"]
-        entering = str(cell["tokens"]["entering_llm"]) if "tokens" in cell else ""
-        agreement = f"{cell['agreement_with_dense']:.0%}" if "agreement_with_dense" in cell else ""
-        by_category = [f"{cell['accuracy'][category]['accuracy']:.0%}" for category in categories]
-        table.add_row(name, entering, f"{whole['accuracy']:.1%}", f"{low:.0%} .. {high:.0%}", agreement, *by_category)
-    output.print(table)
-
-
 def _show(result: RunResult) -> None:
     report, console = result.report, Console()
     console.print(f"[bold]{result.question}[/]" + (f"  (true answer: {result.expected})" if result.expected else ""))
@@ -159,7 +104,11 @@ def _show(result: RunResult) -> None:
         ("  after the last cut", f"{report.visual_tokens[0]}", f"{report.after_last_cut[0]}"),
         ("  average over layers", f"{report.visual_tokens[0]}", f"{report.layer_average[0]:g}"),
         ("LLM prefill GFLOPs", f"{report.flops_dense / 1e9:.3f}", f"{report.flops / 1e9:.3f}"),
-        ("  with vision tower", *(f"{(f + result.tower_flops) / 1e9:.3f}" for f in (report.flops_dense, report.flops))),
+        (
+            "  with tower and projector",
+            f"{(report.flops_dense + result.encoder_flops['dense']) / 1e9:.3f}",
+            f"{(report.flops + result.encoder_flops['compressed']) / 1e9:.3f}",
+        ),
         ("time to first token, ms", *(f"{result.ttft[k].median:.1f}" for k in ("dense", "compressed"))),
         ("  20 % .. 80 %", *(f"{t.p20:.1f} .. {t.p80:.1f}" for t in result.ttft.values())),
         ("  of it selection, ms", "", f"{sum(report.selection_ms.values()):.2f}"),

@@ -1,6 +1,7 @@
 """Models and images, from disk, the hub or the package itself."""
 
 import importlib.resources
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ class Loaded:
     def inputs(self, image: Image.Image, question: str) -> dict[str, Any]:
         """Model inputs for one image and one question, on the model's device and in its dtype."""
         batch = self.processor(images=image, text=self.prompt(question), return_tensors="pt")
+        return dict(batch.to(self.model.device, self.model.dtype))
+
+    def batch(self, images: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Any]:
+        """Model inputs for one image and one question per sample, padded to the longest prompt."""
+        prompts = [self.prompt(question) for question in questions]
+        nested = [[image] for image in images]  # one list per prompt: a flat list is one prompt to some processors
+        batch = self.processor(images=nested, text=prompts, return_tensors="pt", padding=True)
         return dict(batch.to(self.model.device, self.model.dtype))
 
     def answer(self, ids: torch.Tensor, prompt_length: int) -> str:
@@ -88,6 +96,9 @@ def load(
     finally:
         if show_progress:
             logging.enable_progress_bar()
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.padding_side = "left"  # generation goes on behind the prompt
     return Loaded(EMBEDDED if name is None else name, model.eval(), processor)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vtc import flops
 from vtc.adapter import adapter_for
 from vtc.engine import compress
+from vtc.eval.costs import observed_encoder
 from vtc.eval.environment import environment
 from vtc.eval.loading import Loaded
 from vtc.eval.overlay import overlay, seen_image
@@ -25,7 +25,7 @@ class RunResult:
         question, answer_dense, answer: the text asked and both answers.
         expected: the true answer, where the image was drawn here.
         report: figures of the compressed prefill.
-        tower_flops: FLOPs of the vision tower, the same in both.
+        encoder_flops: FLOPs of vision tower and projector, "dense" and "compressed".
         ttft: milliseconds from pixels to the first token, "dense" and "compressed".
         overlay: where the picture was written.
     """
@@ -36,7 +36,7 @@ class RunResult:
     answer: str
     expected: str | None
     report: Report
-    tower_flops: int
+    encoder_flops: dict[str, int]
     ttft: dict[str, Timing]
     overlay: str | None
     environment: dict[str, Any]
@@ -61,7 +61,8 @@ class RunResult:
             "flops": {
                 "llm_prefill_dense": report.flops_dense,
                 "llm_prefill": report.flops,
-                "vision_tower": self.tower_flops,
+                "vision_encoder_dense": self.encoder_flops["dense"],
+                "vision_encoder": self.encoder_flops["compressed"],
             },
             "ttft_ms": {name: vars(timing) for name, timing in self.ttft.items()},
             "selection_ms": sum(report.selection_ms.values()),
@@ -108,10 +109,13 @@ def run(
         with compress(model, spec, budget, positions=positions):
             return generate(new_tokens)
 
+    adapter = adapter_for(model)
     with compress(model, spec, budget, positions=positions) as handle:
-        answer = loaded.answer(generate(max_new_tokens)[0], length)
+        with observed_encoder(adapter) as encoder:
+            answer = loaded.answer(generate(max_new_tokens)[0], length)
         report = handle.report
-    answer_dense = loaded.answer(generate(max_new_tokens)[0], length)
+    with observed_encoder(adapter) as encoder_dense:
+        answer_dense = loaded.answer(generate(max_new_tokens)[0], length)
     ttft = compare({"dense": lambda: generate(1), "compressed": lambda: compressed(1)}, model.device, runs=repeats)
     if picture is not None:
         seen = seen_image(inputs["pixel_values"][0], loaded.processor.image_processor)
@@ -123,15 +127,11 @@ def run(
         answer=answer,
         expected=expected,
         report=report,
-        tower_flops=_tower_flops(model),
+        encoder_flops={
+            "dense": encoder_dense.tower + encoder_dense.projector,
+            "compressed": encoder.tower + encoder.projector,
+        },
         ttft=ttft,
         overlay=str(picture) if picture is not None else None,
         environment=environment(model.device),
     )
-
-
-def _tower_flops(model: Any) -> int:
-    config = model.config.vision_config
-    encoder = adapter_for(model).encoders[0]
-    patches = (config.image_size // config.patch_size) ** 2
-    return flops.vision_tower(config, patches + encoder.num_prefix)

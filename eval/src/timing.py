@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +31,11 @@ def compare(
             _wait(device)
             if turn >= warmup:
                 samples[name].append((time.perf_counter() - start) * 1e3)
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summary(values) for name, values in samples.items()}
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: Sequence[float]) -> Timing:
+    """Median and quantiles of the milliseconds of some calls."""
     if len(values) == 1:
         return Timing(values[0], values[0], values[0], 1)
     cuts = statistics.quantiles(values, n=10, method="inclusive")
