@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from vtc.eval.accuracy import markdown
+from vtc.eval.report_markdown import markdown, page
 from vtc.tables import methods_table, models_table
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["docs/paradigm.md"])
+@pytest.mark.parametrize("page", ["docs/encoders.md", "docs/paradigm.md"])
 def test_examples_run(page):
     failed, tried = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=doctest.ELLIPSIS)
     assert tried > 0
@@ -34,6 +34,14 @@ def test_generated_tables_are_up_to_date(page, table, command):
 def test_the_numbers_of_the_readme_are_those_of_the_committed_runs(name):
     result = json.loads((ROOT / "benchmarks" / name).read_text())
     assert markdown(result) in (ROOT / "README.md").read_text()
+
+
+def test_the_results_page_is_that_of_the_committed_runs():
+    stored = sorted((ROOT / "benchmarks").glob("bench-*.json"))
+    assert stored
+    assert page(stored) == (ROOT / "docs" / "results.md").read_text(), (
+        "docs/results.md is out of date: run `vtc bench report benchmarks/bench-*.json --out docs/results.md`"
+    )
 
 
 def test_the_card_of_the_embedded_model_states_what_was_measured():

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import vtc
 from vtc.adapter import adapter_classes, adapter_for
 from vtc.engine.plan import make_plan
-from vtc.errors import SpecError
+from vtc.errors import SpecError, VTCError
 from vtc.testing.tiny import tiny
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -267,6 +267,9 @@ def test_specs_parse_and_run_where_the_card_says_so(family):
         assert all(method.slug in vtc.methods() for method in methods)
         if runs:
             make_plan(adapter, methods, "auto", size_bias=False)
+        else:  # a row that says otherwise is refused as it stands
+            with pytest.raises(VTCError):
+                make_plan(adapter, methods, "auto", size_bias=False)
 
 
 def test_a_wrong_card_is_noticed():

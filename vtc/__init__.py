@@ -7,7 +7,9 @@ handle.remove()
 
 from vtc import methods as _methods  # registers every method
 from vtc._version import __version__
-from vtc.engine import Handle, compress, patch
+from vtc.companion import ClipCompanion
+from vtc.encoder_report import EncoderReport
+from vtc.engine import EncoderHandle, Handle, compress, compress_encoder, patch, patch_encoder
 from vtc.errors import VTCError
 from vtc.registry import create, describe, from_dict, methods, register
 from vtc.report import Report
@@ -18,6 +20,9 @@ from vtc.tokens import Budget, Layout, Tokens
 
 __all__ = [
     "Budget",
+    "ClipCompanion",
+    "EncoderHandle",
+    "EncoderReport",
     "Handle",
     "Layout",
     "Links",
@@ -32,6 +37,7 @@ __all__ = [
     "VTCError",
     "__version__",
     "compress",
+    "compress_encoder",
     "create",
     "describe",
     "format_spec",
@@ -39,6 +45,7 @@ __all__ = [
     "methods",
     "parse",
     "patch",
+    "patch_encoder",
     "register",
 ]
 del _methods

@@ -32,8 +32,11 @@ class Attention:
         query, key: the modules; the same one where a projection holds queries, keys and values side by side.
         num_heads, num_key_heads, head_dim: its shape.
         scale: factor of the logits.
+        output: the projection whose output the attention returns (o_proj).
         fused: whether `query` and `key` are such a common projection.
         heads_first: whether the outputs are [B, H, L, d] already (a norm that acts after the transpose).
+        project: where no module makes queries and keys (`query` and `key` are then the attention itself): from 0 or 1
+            and what enters the attention, the queries or keys [B, L, H*d].
     """
 
     query: nn.Module
@@ -42,8 +45,10 @@ class Attention:
     num_key_heads: int
     head_dim: int
     scale: float
+    output: nn.Module | None = None
     fused: bool = False
     heads_first: bool = False
+    project: Callable[[int, Tensor], Tensor] | None = None
 
     def split_queries(self, output: Tensor) -> Tensor:
         """[B, L, H*d] -> [B, H, L, d]; also [B, L, H, d] (a norm per head) and [L, H*d] (one packed sequence)."""
@@ -54,6 +59,8 @@ class Attention:
         return self._split(output, 1, self.num_key_heads)
 
     def _split(self, output: Tensor, part: int, heads: int) -> Tensor:
+        if self.project is not None:
+            output = self.project(part, output)
         if self.heads_first:
             return output
         if output.dim() == 2:
@@ -61,6 +68,41 @@ class Attention:
         if self.fused:
             output = output.unflatten(-1, (3, heads * self.head_dim))[:, :, part]
         return output.reshape(*output.shape[:2], heads, self.head_dim).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The two residual halves of a pre-norm block: x + a(norm(x)), then x + m(norm(x)).
+
+    Each half is the identity where its module returns zeros, whatever norms and scales stand around it; so the block's
+    own code runs one half after the other, and a `tower[i]` stage acts between them.
+
+    Args:
+        attention: a; called with the normed tokens first (or as `hidden_states`).
+        mlp: m.
+        returns_tuple: whether the attention returns its output as the first of a pair.
+        mask: its argument for what is added to the logits: [B, 1, 1, L], or [B, L] where it is "key_padding_mask".
+    """
+
+    attention: nn.Module
+    mlp: nn.Module
+    returns_tuple: bool = True
+    mask: str = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How a tower of fixed resolution runs on a smaller image, with interpolated position embeddings.
+
+    Args:
+        token: pixels on the side of what becomes one token at `tower_out`.
+        flag: argument of the tower that asks for the interpolation; None: it interpolates by itself.
+        square: whether the host takes square grids only.
+    """
+
+    token: int
+    flag: str | None = "interpolate_pos_encoding"
+    square: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +124,11 @@ class Encoder:
         rotary: whether its queries and keys are rotated by the `position_embeddings` handed to the block.
         segments: from the arguments of the block and the device, which tokens attend to each other ([B, L] int64, -1
             is padding); None: all tokens of a group.
+        blocks: all blocks of the tower, in order.
+        attention_of: the self-attention of one of them; None: only `attention` is known.
+        halves: the residual halves of one of them, or why no stage can act inside this tower.
+        joins_tiles: whether the host joins the tiles of an image before `tower_out`.
+        resize: how the tower runs on a smaller image, or why it cannot.
         pool: from a signal of the tower's patches [groups, patches, C] and the arguments of the call, that signal for
             the tokens at `tower_out`, by the rule by which the host makes these tokens; None: they are the patches.
     """
@@ -99,20 +146,56 @@ class Encoder:
     rotary: bool = False
     segments: Callable[[Mapping[str, Any]], Tensor | None] | None = None
     pool: Callable[[Tensor, Mapping[str, Any]], Tensor] | None = None
+    blocks: tuple[nn.Module, ...] = ()
+    attention_of: Callable[[Any], Attention] | None = None
+    halves: Callable[[Any], Halves] | str = "its adapter does not name the halves of a block"
+    joins_tiles: bool = False
+    resize: Resize | str = "its adapter does not say how"
 
     @property
     def signal_block(self) -> nn.Module:
         """The block that gives the signals."""
         return self.block if self.block is not None else self.feature_layers[-1]
 
-    def lacks(self, signal: str) -> str | None:
-        """Why `signal` does not exist at `tower_out`, or None where it does."""
+    @property
+    def depth(self) -> int:
+        """Which of `blocks` gives the signals; 0 where they are not known."""
+        return next((i for i, block in enumerate(self.blocks) if block is self.signal_block), 0)
+
+    @property
+    def reach(self) -> int:
+        """How many of `blocks`, from the first, come before any feature is taken: where `tower[i]` stages may act."""
+        return 1 + next((i for i, block in enumerate(self.blocks) if any(block is f for f in self.feature_layers)), -1)
+
+    def block_attention(self, index: int) -> Attention:
+        """The self-attention of tower block `index`."""
+        if index == self.depth or self.attention_of is None:
+            return self.attention
+        return self.attention_of(self.blocks[index])
+
+    def lacks(self, signal: str, layer: int = 0) -> str | None:
+        """Why `signal` (of the block `layer` after the one that gives the signals) does not exist at `tower_out`.
+
+        None where it does.
+        """
+        if signal == "cls_attention_layers" and not self.blocks:
+            return "its adapter does not name the blocks of its tower"
+        if signal == "tile" and self.joins_tiles:
+            return "the host scales and packs the tiles of an image into one grid before `tower_out`"
         if signal.startswith("cls_") and not self.num_prefix:
             return f"its tower {type(self.tower).__name__} has no [CLS] token"
         if signal == "cls_hidden" and not self.drops_prefix:
             return "vision_feature_select_strategy='full' already keeps [CLS] among the features"
         if signal == "cls_hidden" and (self.features is None or self.pool is not None):
             return "several patches make one token before `tower_out`, and [CLS] is not such a token"
+        if signal == "low_keys":
+            if not 0 <= layer < max(1, len(self.blocks)):
+                return f"its tower has the blocks 0..{len(self.blocks) - 1}, and block {layer} is none of them"
+        elif layer and not 0 <= self.depth + layer < len(self.blocks):
+            return (
+                f"its features come from block {self.depth} of its tower, which has blocks 0..{len(self.blocks) - 1} "
+                f"and none {layer:+d} from that (use layer=0)"
+            )
         return None
 
 
@@ -128,6 +211,8 @@ class Packing:
         layout: where each slot lies.
         separator: int64 [G, N], slot of the separator (newline) that stays exactly if one of its tokens stays; -1:
             none. Separators that no token names stay.
+        tiles: (height, width) of each image in tiles, where its first group is the full image and the others are its
+            tiles; (0, 0) for an image without tiles; None: groups are no tiles.
     """
 
     slot: Int[Tensor, "G N"]
@@ -135,6 +220,7 @@ class Packing:
     lengths: tuple[int, ...]
     layout: Layout
     separator: Int[Tensor, "G N"] | None = None
+    tiles: tuple[tuple[int, int], ...] | None = None
 
 
 class Adapter(ABC):
@@ -151,8 +237,12 @@ class Adapter(ABC):
     checkpoints: ClassVar[tuple[str, ...]] = ()
     #: whether the inner model, not the language model, turns the 2-D mask into the masks of the layers
     masks_outside: ClassVar[bool] = False
+    #: whether every token of the prompt sees every other, text included
+    bidirectional_prompt: ClassVar[bool] = False
     #: whether positions are places on the image (M-RoPE), so that gaps between them cannot be closed
     multimodal_positions: ClassVar[bool] = False
+    #: whether one rotary embedding, a function of the position alone, serves all decoder layers
+    renumbers: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -176,6 +266,28 @@ class Adapter(ABC):
     def layer_attention(self, index: int) -> Attention:
         """The self-attention of decoder layer `index`."""
 
+    @abstractmethod
+    def keys_values(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values [B, G, L, d] that decoder layer `index` makes of what enters it, [B, L, D]."""
+
+    @abstractmethod
+    def queries(self, index: int, hidden: Tensor) -> Tensor:
+        """Queries before RoPE [B, H, L, d] that decoder layer `index` makes of what enters it, [B, L, D]."""
+
+    def layer_mlp(self, index: int) -> nn.Module:
+        """The MLP of decoder layer `index`; its input is what the norm after the attention gives."""
+        mlp: nn.Module = self.layers[index].mlp  # type: ignore[assignment]
+        return mlp
+
+    @abstractmethod
+    def projections(self, index: int) -> tuple[nn.Module, tuple[nn.Module, ...], nn.Module]:
+        """The self-attention of decoder layer `index`, the projections of its input, and that of its output."""
+
+    def rotation(self, hidden: Tensor, positions: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, L, d] of `positions`, in the dtype of `hidden`; only where `renumbers`."""
+        cos, sin = self.language_model.rotary_emb(hidden, positions)  # type: ignore[operator]
+        return cos, sin
+
     @property
     @abstractmethod
     def final_norm(self) -> nn.Module:
@@ -194,11 +306,11 @@ class Adapter(ABC):
         """How the groups of `tower_out` become images, for one call of `encoder`; None: each group is an image."""
         return None
 
-    def unavailable(self, signal: str, site: str) -> str | None:
-        """Why the family cannot give `signal` at `site`, or None where one of its encoders can."""
+    def unavailable(self, signal: str, site: str, layer: int = 0) -> str | None:
+        """Why the family cannot give `signal` (`layer` off) at `site`, or None where one of its encoders can."""
         if site not in ("tower", "tower_out"):
             return None
-        reasons = [encoder.lacks(signal) for encoder in self.encoders]
+        reasons = [encoder.lacks(signal, layer) for encoder in self.encoders]
         return None if None in reasons else reasons[0]
 
     @property
@@ -271,7 +383,10 @@ def adapter_for(model: nn.Module) -> Adapter:
         known = ", ".join(sorted(_ADAPTERS))
         part = next((known for known in _ADAPTERS if model_type in (f"{known}_text", f"{known}_vision")), None)
         hint = f" This is a part of a {part!r} model: pass the whole ...ForConditionalGeneration." if part else ""
-        raise UnsupportedModelError(f"no adapter for model type {model_type!r}. Supported: {known}.{hint}")
+        raise UnsupportedModelError(
+            f"no adapter for model type {model_type!r}. Supported: {known}.{hint} "
+            "How to add a family in one file: docs/adapters.md."
+        )
     return _ADAPTERS[model_type](model)
 
 

@@ -7,15 +7,19 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vtc.adapter import adapter_classes
-from vtc.errors import VTCError
+from vtc.capabilities import capabilities
+from vtc.errors import UnsupportedModelError, VTCError
 from vtc.registry import describe, methods
-from vtc.tables import methods_table, models_table
+from vtc.tables import methods_page, models_table
+from vtc.testing.oracle_table import LIMIT, worst_difference
+from vtc.testing.tiny import families
 
 #: modules whose import adds commands to `app`; named, not imported, so that the core does not depend on them
-COMMAND_MODULES = ("vtc.eval.cli",)
+COMMAND_MODULES = ("vtc.eval.cli", "vtc.eval.eval_cli")
 
 app = typer.Typer(
     name="vtc",
@@ -31,11 +35,11 @@ Markdown = Annotated[bool, typer.Option("--markdown", help="Print the Markdown t
 
 @app.command("methods")
 def list_methods(as_json: Json = False, as_markdown: Markdown = False) -> None:
-    """List every method: where it acts, what it reads, how faithful it is."""
+    """List every method: where it acts, what it does, how faithful it is; --json and --markdown add where it runs."""
     if as_markdown:
-        typer.echo(methods_table())
+        typer.echo(methods_page(), nl=False)
         return
-    rows = [describe(slug) for slug in methods()]
+    rows = [describe(slug, families=as_json) for slug in methods()]
     if as_json:
         print_json(rows)
         return
@@ -50,21 +54,44 @@ def list_methods(as_json: Json = False, as_markdown: Markdown = False) -> None:
 
 @app.command("models")
 def list_models(as_json: Json = False, as_markdown: Markdown = False) -> None:
-    """List the model families that can be patched."""
+    """List the model families that can be patched, and (--json, --markdown) what each can do."""
     if as_markdown:
         typer.echo(models_table())
         return
-    rows: list[dict[str, Any]] = [
-        {"family": cls.family, "model_types": list(cls.model_types), "checkpoints": list(cls.checkpoints)}
-        for cls in adapter_classes()
-    ]
     if as_json:
-        print_json(rows)
+        print_json(capabilities())
         return
     table = Table("family", "config.model_type", "checkpoints", title="Model families")
-    for row in rows:
-        table.add_row(row["family"], ", ".join(row["model_types"]), "\n".join(row["checkpoints"]))
+    for cls in adapter_classes():
+        table.add_row(cls.family, ", ".join(cls.model_types), "\n".join(cls.checkpoints))
     Console().print(table)
+
+
+@app.command("oracle")
+def oracle(
+    family: Annotated[list[str] | None, typer.Argument(help="Families; none: all.")] = None,
+    limit: Annotated[float, typer.Option(help="Largest relative difference that passes.")] = LIMIT,
+    as_json: Json = False,
+) -> None:
+    """Compare compressed tiny models with the masked full model; exit code 1 where one differs by more than --limit."""
+    unknown = set(family or ()) - set(families())
+    if unknown:
+        raise UnsupportedModelError(f"no family {', '.join(sorted(unknown))}. Families: {', '.join(families())}.")
+    rows = [worst_difference(name) for name in family or families()]
+    passed = all(row.difference <= limit for row in rows)
+    if as_json:
+        worst = max(row.difference for row in rows)
+        print_json({"limit": limit, "passed": passed, "worst": worst, "families": [row.to_dict() for row in rows]})
+    else:
+        table = Table(
+            "family", "worst relative difference", "cases", "where", title=f"Masked full model, limit {limit:g}"
+        )
+        for row in rows:
+            mark = "" if row.difference <= limit else " (too large)"
+            table.add_row(row.family, f"{row.difference:.1e}{mark}", str(row.cases), row.case)
+        Console().print(table)
+    if not passed:
+        raise typer.Exit(1)
 
 
 def print_json(data: Any) -> None:
@@ -79,5 +106,5 @@ def main() -> None:
     try:
         app()
     except VTCError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from error

@@ -9,6 +9,7 @@
     |-- StateError(RuntimeError)                   patched twice, used after removal, foreign cache
     |-- UnsupportedFeatureError(NotImplementedError)  a generation feature that would be silently wrong
     |-- MissingExtraError(ImportError)             an optional package is not installed
+    |-- EvaluationError(RuntimeError)              an evaluation that failed, or whose scores would be wrong
 
 A message says what was wrong (with the value), what is allowed and what to do.
 """
@@ -51,6 +52,10 @@ class UnsupportedFeatureError(VTCError, NotImplementedError):
 
 class MissingExtraError(VTCError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class EvaluationError(VTCError, RuntimeError):
+    """An evaluation failed, or its scores would be wrong."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], list_with: str) -> SpecError:

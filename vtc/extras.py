@@ -19,6 +19,7 @@ EXTRA_OF = {
     "lmms_eval": "eval",
     "gradio": "demo",
     "matplotlib": "plots",
+    "plotly": "plots",
     "sklearn": "scenes",
     "skimage": "scenes",
 }

@@ -4,10 +4,11 @@ Everything that lists methods (CLI, tables, demo, conformance suite) reads it fr
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from vtc.errors import SpecError, unknown_name
-from vtc.stages import Method
+from vtc.stages import Method, Stage
 from vtc.tokens import Budget
 
 FIDELITIES = ("golden", "paper", "reconstructed", "control")
@@ -94,8 +95,13 @@ def from_dict(data: dict[str, Any]) -> Method:
     return create(options.pop("method"), **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 
-def describe(slug: str) -> dict[str, Any]:
+def describe(slug: str, families: bool = False) -> dict[str, Any]:
     """What a method declares, as plain data: the source of every table.
+
+    Args:
+        slug: a registered method.
+        families: also try its default setting on every model family (`vtc.capabilities.method_families`), which takes
+            seconds the first time.
 
     Raises:
         SpecError: there is no such method.
@@ -110,18 +116,46 @@ def describe(slug: str) -> dict[str, Any]:
         "title": cls.paper.title if cls.paper else (cls.__doc__ or "").strip().splitlines()[0],
         "arxiv": cls.paper.arxiv if cls.paper else None,
         "venue": cls.paper.venue if cls.paper else None,
-        "sites": [str(stage.site) for stage in stages],
+        "sites": _places(stages),
         "signals": sorted({signal.name for stage in stages for signal in stage.signals}),
         "filter": cls.steps[0],
         "correlate": cls.steps[1],
         "compress": cls.steps[2],
         "fidelity": cls.fidelity,
+        # not inherited: a subclass is another method than the one that was measured
+        "headline": vars(cls).get("headline", ""),
+        "requires": cls.requires,
         "adaptive": "adaptive" in cls.tags,
         "tags": sorted(cls.tags),
         "positions": cls.positions,
         "defaults": dict(cls.defaults),
         "options": {f.name: f.default for f in dataclasses.fields(cls) if f.name != "budget"},
+        **(_families(slug) if families else {}),
     }
+
+
+def _families(slug: str) -> dict[str, Any]:
+    # models are built for this alone, and plans know methods only by their class
+    from vtc.capabilities import method_families
+
+    return method_families(slug)
+
+
+def _places(stages: Sequence[Stage]) -> list[str]:
+    """Where the stages act; layers in a row that are frozen share a name."""
+    runs: list[list[Stage]] = []
+    for stage in stages:
+        before = runs[-1][-1] if runs else None
+        if (
+            before is not None
+            and before.leave == stage.leave == "freeze"
+            and isinstance(before.site.index, int)
+            and stage.site.index == before.site.index + 1
+        ):
+            runs[-1].append(stage)
+        else:
+            runs.append([stage])
+    return [run[0].place if len(run) == 1 else f"layer[{run[0].site.index}..{run[-1].site.index}]" for run in runs]
 
 
 def _convert(slug: str, name: str, text: str, default: Any) -> Any:
@@ -133,13 +167,18 @@ def _convert(slug: str, name: str, text: str, default: Any) -> Any:
         if isinstance(default, float):
             return float(text)
         if isinstance(default, tuple):
-            kind = type(default[0]) if default else int
+            kind = type(default[0]) if default else _number
             return tuple(kind(part) for part in text.split("|"))
     except (ValueError, KeyError):
         raise SpecError(
             f"{name}={text!r} for method {slug!r}: a {type(default).__name__} such as {default!r} is expected."
         ) from None
     return text
+
+
+def _number(text: str) -> int | float:
+    """An integer where it looks like one."""
+    return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
 
 
 def _check_type(slug: str, name: str, value: Any, default: Any) -> None:

@@ -1,5 +1,6 @@
 """What the last compressed prefill did, in every counting convention that papers mix."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,12 @@ class Report:
         visual_tokens: uncompressed visual tokens of each sample.
         entering: visual tokens of each sample that entered the LLM.
         per_layer: visual tokens of each sample at each decoder layer.
+        kv_tokens: visual tokens of each sample in the KV cache of each decoder layer after the prefill.
         text_tokens: other columns of each sample (padding included).
         selection_ms: site -> milliseconds spent deciding and applying.
         flops_dense, flops: prefill FLOPs of the LLM, uncompressed and compressed, summed over the batch.
         kv_bytes_dense, kv_bytes: bytes of the KV cache after the prefill.
+        kv_bytes_per_layer: the same, layer by layer.
         notes: what a reader should know (a budget above N, ...).
         token_map: uncompressed tokens -> tokens that are left at the end, one group per image or sample.
         samples: batch row of each group of `token_map`.
@@ -33,12 +36,14 @@ class Report:
     visual_tokens: tuple[int, ...]
     entering: tuple[int, ...]
     per_layer: tuple[tuple[int, ...], ...]
+    kv_tokens: tuple[tuple[int, ...], ...]
     text_tokens: tuple[int, ...]
     selection_ms: dict[str, float]
     flops_dense: int
     flops: int
     kv_bytes_dense: int
     kv_bytes: int
+    kv_bytes_per_layer: tuple[int, ...]
     notes: tuple[str, ...]
     token_map: TokenMap
     samples: tuple[int, ...]
@@ -89,13 +94,31 @@ def lengths_by_layer(cuts: dict[int, list[int]], layers: int) -> tuple[tuple[int
     return tuple(rows)
 
 
-def prefill_costs(
-    config: Any, per_layer: tuple[tuple[int, ...], ...], text: tuple[int, ...], element_size: int
-) -> tuple[int, int]:
-    """FLOPs and KV bytes of the prefill, summed over the samples."""
-    samples = range(len(text))
-    lengths = [[layer[b] + text[b] for layer in per_layer] for b in samples]
-    return (
-        sum(flops.llm_prefill(config, lengths[b]) for b in samples),
-        sum(flops.kv_bytes(config, lengths[b], element_size) for b in samples),
+def prefill_flops(
+    config: Any,
+    per_layer: tuple[tuple[int, ...], ...],
+    text: tuple[int, ...],
+    awake: Mapping[int, Sequence[int]] | None = None,
+    attending: tuple[tuple[int, ...], ...] | None = None,
+) -> int:
+    """FLOPs of the prefill, summed over the samples.
+
+    `awake` are the visual tokens that ask in frozen layers, `attending` those that attention repeats merged ones to.
+    """
+    total = 0
+    for b, other in enumerate(text):
+        lengths = [layer[b] + other for layer in per_layer]
+        asking = [(awake or {}).get(index, layer)[b] + other for index, layer in enumerate(per_layer)]
+        repeated = None if attending is None else [layer[b] + other for layer in attending]
+        total += flops.llm_prefill(config, lengths, awake=asking, attending=repeated)
+    return total
+
+
+def cache_bytes(
+    config: Any, kv_tokens: tuple[tuple[int, ...], ...], text: tuple[int, ...], element_size: int
+) -> tuple[int, ...]:
+    """Bytes of the KV cache of each layer, summed over the samples."""
+    return tuple(
+        sum(flops.kv_bytes(config, [n + other], element_size) for n, other in zip(layer, text, strict=True))
+        for layer in kv_tokens
     )

@@ -12,9 +12,10 @@ the map.
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -23,34 +24,54 @@ from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
 #: in the order in which a forward pass meets them
-SITES = ("tower", "tower_out", "llm_in", "layer", "decode")
+SITES = ("pixels", "tower", "tower_out", "llm_in", "layer", "decode")
 
 #: signal name -> what the tensor is, batch first and padded like the tokens
 SIGNALS = {
     "cls_attention": "[B, N] probability that [CLS] gives each token at the feature layer, mean over heads",
     "cls_attention_layers": "[B, L, N] cls_attention of every tower layer, from the first to the feature layer",
+    "cls_logits": "[B, N] scaled logit of [CLS] for each token before the softmax, mean over heads",
     "cls_hidden": "[CLS] as the first token of x (num_prefix = 1)",
     "cls_query": "[B, H, d] query of [CLS] at the feature layer, as projected (unscaled)",
     "received_attention": "[B, N] attention each token receives at the feature layer, mean over heads and queries",
-    "keys": "[B, H, N, d] keys at the feature layer (tower) or after RoPE at the layer before the site (LLM)",
-    "query_attention": "[B, N] probability the query rows (last token, or mean over all) give each visual token",
+    "keys": "[B, H, N, d] keys at the block (tower[i]), at the feature layer (tower_out), or after RoPE at the layer "
+    "before the site (LLM)",
+    "query_attention": "[B, N] probability the query rows give each visual token; rows: last token, mean over the text "
+    "behind the image, or mean over all",
+    "query_logits": "[B, N] scaled logit of the query rows for each visual token before the softmax, mean over heads",
+    "queries": "[B, H, N, d] queries of the visual tokens after RoPE at the layer before the site, or of the block "
+    "(tower[i]), such that logits are q.k / sqrt(d)",
     "position": "[B, N] int64 place of each visual token in the prompt",
     "clip_image_embeds": "[B, N, E] patches in CLIP's joint space: visual_projection(post_layernorm(feature layer))",
     "clip_text_embeds": "[B, M, E] CLIP text embeddings of the question, one per 77 tokens; zero rows are padding",
     "low_keys": "[B, H, N, d] keys at tower block `Signal.layer`, counted from the first (0-based)",
+    "square_grid": "[B] bool, whether the host takes square grids of tokens only",
     "tile": "[B, 4] int64 of a group that is a tile: number of its image in the batch, its number in the image (0: the "
     "full image), (height, width) of the image in tiles; (b, 0, 0, 0) for an image without tiles",
     "normed_states": "[B, N, D] hidden states after the LLM's final norm",
     "text_embeds": "[B, T, D] embeddings of the sample's text tokens, padded; text_mask says which are valid",
-    "text_keys": "[B, H, T, d] keys of the text tokens after RoPE at the layer before the site",
+    "text_queries": "[B, H, T, d] queries of the text tokens after RoPE at the layer before the site",
+    "text_keys": "[B, G, T, d] keys of the text tokens after RoPE at the layer before the site",
     "text_states": "[B, T, D] hidden states of the text tokens after the LLM's final norm",
     "text_position": "[B, T] int64 place of each text token in the prompt",
     "text_after": "[B, T] whether the text token stands after the last visual token of the sample",
     "text_attention": "[B, T, N] probability each text row gives each visual token, mean over heads",
+    "text_attention_heads": "[B, H, T, N] the same, head by head",
+    "text_gravity": "[B, T, N] mean product of vectors of ones, rotated to the places of a text row and of a visual "
+    "token: what RoPE alone makes of their distance, 1 where there is none",
     "attention_to_text": "[B, N, T] probability each visual row gives each text token, mean over heads",
     "attention_output": "[B, N, D] output of the self-attention (after o_proj) at the layer before the site",
+    "visual_embeds": "[B, V, D] embeddings of all visual tokens of the sample that entered the LLM, padded; "
+    "visual_mask says which are valid",
+    "layer_input": "[B, N, D] hidden states that entered the layer before the site",
+    "mlp_input": "[B, N, D] normed hidden states that entered the MLP of the layer before the site",
+    "sequence_queries": "[B, H, S, d] queries of all rows, text and visual, after RoPE at the layer before the site",
+    "sequence_keys": "[B, G, S, d] keys of all rows after RoPE at the layer before the site",
+    "sequence_valid": "[B, S] bool, which rows are no padding",
+    "sequence_row": "[B, N] int64 row of each visual token among them",
     "global_attention": "[B, N] probability the mean query of all tokens up to the last visual one gives each visual "
     "token, among those tokens, at the layer itself, without RoPE, mean over heads",
+    "sizes": "[B, N] how many input tokens each token stands for so far",
     "layer_keys": "[B, G, N, d] keys of the layer itself (of the hidden states that enter it), after RoPE",
 }
 
@@ -59,26 +80,39 @@ SIGNALS = {
 class Site:
     """Where a stage acts: "tower_out", "llm_in", "layer[k]" ... (k is 0-based).
 
+    A float index is a share of the depth, for methods whose paper counts so; the engine makes it a layer of the model.
+
     Example:
-        >>> str(Site("layer", 2)), str(Site("tower_out"))
-        ('layer[2]', 'tower_out')
+        >>> str(Site("layer", 2)), str(Site("tower_out")), str(Site("layer", 0.5).at_depth(32))
+        ('layer[2]', 'tower_out', 'layer[16]')
     """
 
     name: str
-    index: int | None = None
+    index: int | float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in SITES:
             raise SpecError(f"site {self.name!r} is unknown. Sites: {', '.join(SITES)}.")
         if (self.index is not None) != (self.name in ("tower", "layer")):
             raise SpecError(f"site {self.name!r} with index {self.index}: only tower[i] and layer[k] have an index.")
+        if isinstance(self.index, float) and not 0.0 < self.index < 1.0:
+            raise SpecError(f"site {self.name!r} at {self.index}: a share of the depth lies between 0 and 1.")
 
     @property
-    def order(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, int | float]:
         return SITES.index(self.name), self.index or 0
+
+    def at_depth(self, layers: int) -> "Site":
+        """The same place in a model of `layers` layers."""
+        return replace(self, index=at_depth(self.index, layers)) if isinstance(self.index, float) else self
 
     def __str__(self) -> str:
         return self.name if self.index is None else f"{self.name}[{self.index}]"
+
+
+def at_depth(index: int | float, layers: int) -> int:
+    """A layer given by its number or as a share of the depth, as a number between 1 and the last one."""
+    return max(1, min(layers - 1, round(index * layers))) if isinstance(index, float) else index
 
 
 @dataclass(frozen=True)
@@ -87,9 +121,10 @@ class Signal:
 
     Args:
         name: one of `SIGNALS`.
-        layer: layer offset relative to the default one (tower: the layer whose output is the feature; LLM: the layer
-            before the site).
-        rows: for query_attention: "last" or "mean".
+        layer: layer offset relative to the default one (tower: the block whose output is the feature; LLM: the layer
+            before the site, so that 1 is the layer at the site itself, read from the states that enter it).
+        rows: for query_attention and query_logits: "last" (last row of the prompt), "text" (mean over the text behind
+            the last visual token of the sample, over all of its text where nothing follows) or "mean" (all rows).
     """
 
     name: str
@@ -112,6 +147,8 @@ class Links(NamedTuple):
 Filter = Callable[[Tokens], Tensor]
 Correlate = Callable[[Tokens, Tensor], Links]
 Compress = Callable[[Tokens, Tensor, Links | None], TokenMap]
+Schedule = Callable[[int, int], int]
+Pace = Callable[[int, int, int, int], int]
 
 
 def drop(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links | None) -> TokenMap:
@@ -122,6 +159,11 @@ def drop(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links | None) -> Token
 def keep_lengths(tokens: Tokens, keep: Int[Tensor, "B K"]) -> tuple[int, ...]:
     """Slots of each group, known without asking the device: a filter returns as many tokens as the budget says."""
     return tuple(min(k, keep.shape[1]) for k in tokens.budget)
+
+
+def nothing(tokens: Tokens) -> Int[Tensor, "B 0"]:
+    """The filter after which no token stays: every visual token is frozen, say."""
+    return torch.empty(len(tokens.lengths), 0, dtype=torch.long, device=tokens.x.device)
 
 
 @dataclass(frozen=True)
@@ -136,6 +178,21 @@ class Stage:
         signals: what the engine must capture.
         pool: whether the tokens of one image or all visual tokens of a sample compete with each other.
         budget: what stays after this stage; None: the budget of the method.
+        schedule: (N, k) -> how many of a group of originally N tokens stay after this stage, where the budget leaves k
+            of them; None: k. For methods that drop in several steps; 0 in the LLM drops all.
+        pace: (N, k, i, n) -> how many stay after the i-th (from 0) of n repetitions. A stage with a pace acts at its
+            site and at every later block up to the feature layer (tower), or every later decoder layer; None: once.
+        carry: what the repetitions of a stage with a pace hand on: from the tokens of one block, a tensor [B, ...] that
+            the next one reads as `tokens.signals["carried"]`; the first one has none (tower[i] only).
+        proportional: whether later blocks add log(size) of merged tokens to their attention logits (tower[i] only).
+        leave: what becomes of the tokens that do not stay (layer[k] only; "park" and "freeze" cannot merge):
+            "drop": they are gone from this layer on;
+            "park": they skip the layers k .. until - 1 and come back, unchanged, before layer `until`;
+            "freeze": in layer k they are neither queries nor pass the MLP, but the others still see their keys and
+            values of that layer.
+        until: the layer before which parked tokens come back (a float is a share of the depth).
+        evict: after the prefill, the caches of the layers evict .. k - 1 are cut to the tokens that enter layer k
+            (a float is a share of the depth); None: they keep what they saw.
     """
 
     site: Site
@@ -145,6 +202,53 @@ class Stage:
     signals: tuple[Signal, ...] = ()
     pool: Literal["image", "sample"] = "image"
     budget: Budget | None = None
+    schedule: Schedule | None = None
+    pace: Pace | None = None
+    carry: Callable[[Tokens], Tensor] | None = None
+    proportional: bool = False
+    leave: Literal["drop", "park", "freeze"] = "drop"
+    until: int | float | None = None
+    evict: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.leave != "drop" or self.evict is not None) and self.site.name != "layer":
+            raise SpecError(f"a stage at {self.site} parks, freezes or evicts, which only layer[k] stages can.")
+        if (self.leave == "park") != (self.until is not None):
+            raise SpecError(f"a stage at {self.site}: until= is the layer before which parked tokens come back.")
+        if self.proportional and self.site.name != "tower":
+            raise SpecError(f"a stage at {self.site}: proportional attention belongs to stages at tower[i].")
+        if self.carry is not None and self.site.name != "tower":
+            raise SpecError(f"a stage at {self.site}: only stages at tower[i] carry something on to later blocks.")
+        if self.pace is not None and (self.schedule is not None or self.site.name not in ("tower", "layer")):
+            raise SpecError(f"a stage at {self.site}: a pace is for tower[i] and layer[k], and replaces the schedule.")
+        if self.leave != "drop" and self.evict is not None:
+            raise SpecError(f"a stage at {self.site}: only a stage that drops tokens can evict them from caches.")
+
+    def at_depth(self, layers: int) -> "Stage":
+        """The same stage where its site has `layers` layers or blocks: shares of the depth become numbers."""
+        if self.site.name not in ("tower", "layer"):
+            return self
+        until, evict = (None if index is None else at_depth(index, layers) for index in (self.until, self.evict))
+        return replace(self, site=self.site.at_depth(layers), until=until, evict=evict)
+
+    @property
+    def place(self) -> str:
+        """The site for tables; "tower[4..]" where the stage acts at every later block too."""
+        return str(self.site) if self.pace is None else f"{str(self.site)[:-1]}..]"
+
+    def repeated(self, depth: int) -> "tuple[Stage, ...]":
+        """The stages that this one stands for where its site has `depth` blocks or layers."""
+        first = self.site.index
+        if self.pace is None or not isinstance(first, int) or first >= depth:
+            return (self,)
+
+        def schedule(i: int, pace: Pace = self.pace) -> Schedule:
+            return lambda n, k: pace(n, k, i, depth - first)
+
+        return tuple(
+            replace(self, site=Site(self.site.name, index), schedule=schedule(index - first), pace=None)
+            for index in range(first, depth)
+        )
 
     def decide(self, tokens: Tokens) -> TokenMap:
         """The map after which group b holds `tokens.budget[b]` tokens (adaptive methods: at most)."""
@@ -178,10 +282,19 @@ class Method:
     steps: ClassVar[tuple[str, str, str]]
     #: "golden" (equal to the authors' code), "paper" (checked against the text), "reconstructed", "control"
     fidelity: ClassVar[str]
-    #: adaptive, random, video, query_aware, merges, needs_grid, permutation_equivariant
+    #: one published number: model, budget and what it counts, metric, value, where it was read; "": none was read.
+    #: It belongs to the class that was measured, and subclasses do not inherit it
+    headline: ClassVar[str] = ""
+    #: what the default setting needs beside a stock checkpoint, for the tables
+    requires: ClassVar[str] = ""
+    #: adaptive, random, video, query_aware, merges, needs_grid, permutation_equivariant, drops_all (may leave no token)
     tags: ClassVar[frozenset[str]] = frozenset()
     #: position ids that the paper's code uses
-    positions: ClassVar[Literal["original", "compact"]] = "original"
+    positions: ClassVar[Literal["original", "compact", "renumber"]] = "original"
+    #: whether the LLM adds log(size) of merged tokens to their attention logits
+    size_bias: ClassVar[bool] = False
+    #: whether the LLM sees merged tokens at all their places (virtual unmerging)
+    unmerges: ClassVar[bool] = False
     #: the field that "@" of a spec string sets
     at: ClassVar[str | None] = None
     #: family -> budget of the paper's main setting, with its source in the docstring of the method
@@ -200,6 +313,10 @@ class Method:
     def stages(self) -> tuple[Stage, ...]:
         """The stages, in the order of their sites."""
         raise NotImplementedError
+
+    def stages_in(self, layers: int) -> tuple[Stage, ...]:
+        """The stages in an LLM of `layers` decoder layers, for methods that were calibrated for one depth."""
+        return self.stages()
 
     def budget_for(self, stage: Stage) -> Budget:
         """The budget of `stage`.
@@ -238,3 +355,31 @@ def check_choice(method: Method, name: str, allowed: tuple[str, ...]) -> None:
     value = getattr(method, name)
     if value not in allowed:
         raise SpecError(f"{name}={value!r} of method {method.slug!r} is unknown. Use one of: {', '.join(allowed)}.")
+
+
+def layer_or_share(method: Method, name: str) -> int | float:
+    """The decoder layer in field `name` of `method`: below 1 a share of the depth, from 1 on its number (0-based).
+
+    Raises:
+        SpecError: it is neither.
+    """
+    value: float = getattr(method, name)
+    if value <= 0 or (value > 1 and value != int(value)):
+        raise SpecError(
+            f"{name}={value} of method {method.slug!r}: the number of a decoder layer (0-based, from 1 on), or a share "
+            "of the depth between 0 and 1."
+        )
+    return int(value) if value >= 1 else value
+
+
+def check_ascending(method: Method, name: str) -> None:
+    """Validate the decoder layers in field `name` of `method`.
+
+    Raises:
+        SpecError: they are not ascending numbers from 1 on.
+    """
+    layers = getattr(method, name)
+    if any(low >= high for low, high in zip((0, *layers), layers, strict=False)):
+        raise SpecError(
+            f"{name}={layers} of method {method.slug!r}: ascending decoder layers from 1 on (0-based), e.g. '8|16|24'."
+        )

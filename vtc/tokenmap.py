@@ -93,8 +93,9 @@ class TokenMap:
                 torch.arange(after.anchor.shape[1], device=anchor.device).expand_as(after.anchor),
             )
             # padding of `after` was scattered to slot 0: put the true value back where slot 0 survived
-            first = (after.anchor == 0).long()
-            moved[:, 0] = torch.where(first.any(1), first.argmax(1), -1)
+            if after.anchor.shape[1]:
+                first = (after.anchor == 0).long()
+                moved[:, 0] = torch.where(first.any(1), first.argmax(1), -1)
             slot = _follow(moved, self.slot)
             return TokenMap(anchor, after.lengths, self.num_tokens, self.source, slot, self.weight, self.masses())
         return self._product(after, anchor)
@@ -124,7 +125,7 @@ class TokenMap:
             return values.repeat_interleave(paths, dim=1)
 
         slot = table(after.slot, -1).masked_fill(repeat(self.slot) < 0, -1)
-        return TokenMap(
+        product = TokenMap(
             anchor,
             after.lengths,
             self.num_tokens,
@@ -133,6 +134,28 @@ class TokenMap:
             repeat(self.weight) * table(after.weight, 0),
             repeat(self.masses()) * table(after.masses(), 0),
         )
+        return product if paths == 1 else product._joined()
+
+    def _joined(self) -> "TokenMap":
+        """The same map with one edge for each pair of token and slot, so that long products do not grow."""
+        assert self.source is not None and self.slot is not None and self.weight is not None
+        last = self.anchor.shape[1] * self.num_tokens
+        pair = torch.where(self.slot < 0, last, self.slot * self.num_tokens + self.source)
+        pair, order = pair.sort(dim=1, stable=True)
+        starts = torch.nn.functional.pad((pair[:, 1:] != pair[:, :-1]).long(), (1, 0))
+        place = starts.cumsum(dim=1)
+        real = pair < last
+        width = int((place + 1).masked_fill(~real, 0).max()) if place.numel() else 0
+        place = torch.where(real, place, width)  # padding lands in an extra column
+
+        def total(values: Tensor) -> Tensor:
+            out = values.new_zeros(values.shape[0], width + 1)
+            return out.scatter_add(1, place, values.gather(1, order).masked_fill(~real, 0))[:, :width]
+
+        pairs = torch.full_like(pair[:, : width + 1], -1).scatter(1, place, pair)[:, :width]
+        source = torch.where(pairs < 0, 0, pairs % self.num_tokens)
+        slot = torch.where(pairs < 0, -1, pairs // self.num_tokens)
+        return replace(self, source=source, slot=slot, weight=total(self.weight), mass=total(self.masses()))
 
     def sizes(self) -> Float[Tensor, "B K"]:
         """How many input tokens each slot stands for (fractions where a token was split over slots)."""

@@ -208,6 +208,18 @@ class Tokens:
             )
         return self.signals[name]
 
+    def groups(self, index: Sequence[int]) -> "Tokens":
+        """The groups `index`, the longest one among them, in that order."""
+        rows = torch.as_tensor(list(index), device=self.x.device)
+        return Tokens(
+            self.x[rows],
+            tuple(self.lengths[i] for i in index),
+            None if self.layout is None else self.layout.groups(index),
+            {name: value[rows] for name, value in self.signals.items()},
+            self.num_prefix,
+            tuple(self.budget[i] for i in index),
+        )
+
     @property
     def ends(self) -> tuple[int, ...]:
         """Valid rows of `x` in each group, prefix included."""

@@ -1,5 +1,6 @@
-"""Model families: one file each. Importing this package registers them all."""
+"""Model families and encoders by themselves: one file each. Importing this package registers them all."""
 
+from vtc.adapters import hf_encoders, open_clip_encoders, timm_encoders
 from vtc.adapters.gemma3 import Gemma3Adapter
 from vtc.adapters.idefics3 import Idefics3Adapter
 from vtc.adapters.internvl import InternVLAdapter
@@ -28,4 +29,7 @@ __all__ = [
     "Qwen25VLAdapter",
     "SmolVLMAdapter",
     "VideoLlavaAdapter",
+    "hf_encoders",
+    "open_clip_encoders",
+    "timm_encoders",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtc.adapter import Encoder
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import tower_attention, tower_layers
+from vtc.adapters._vit import halves, tower_attention, tower_layers
 from vtc.tokens import Layout
 
 
@@ -41,6 +41,10 @@ class IdeficsAdapter(LlamaAdapter):
                 drops_prefix=True,
                 segments=unpadded,
                 pool=self._shuffle,
+                blocks=tuple(tower_layers(tower)),
+                attention_of=tower_attention,
+                halves=halves,
+                resize="the processor cuts its images into tiles of fixed size: hand smaller images to the processor",
             ),
         )
 

@@ -1,6 +1,7 @@
 """Layouts of images that differ in size."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,13 @@ def ragged_layout(places: Sequence[Places], grids: Sequence[Grids], device: torc
     row, col, segment = (pad(parts) for parts in zip(*places, strict=True))
     layout = Layout(row, col, segment, tuple(tuple(one) for one in grids))
     return layout if device is None else layout.to(device)
+
+
+def clip_shape(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Videos and frames of a call of `get_video_features`; older hosts name its pixels `pixel_values`."""
+    pixels = arguments["pixel_values_videos"] if "pixel_values_videos" in arguments else arguments["pixel_values"]
+    videos, frames = pixels.shape[:2]
+    return videos, frames
 
 
 def block_mean(signal: Tensor, side: int, block: int) -> Tensor:

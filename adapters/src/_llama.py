@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vtc.adapter import Adapter, Attention
 
@@ -21,6 +21,7 @@ def decoder_attention(layer: Any, heads_first: bool = False) -> Attention:
         num_key_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
         scale=attention.scaling,
+        output=attention.o_proj,
         heads_first=heads_first,
     )
 
@@ -43,6 +44,30 @@ class LlamaAdapter(Adapter):
 
     def layer_attention(self, index: int) -> Attention:
         return decoder_attention(self.layers[index])
+
+    def keys_values(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        layer: Any = self.layers[index]
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden)
+        keys, values = (
+            proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for proj in (attention.k_proj, attention.v_proj)
+        )
+        norm = getattr(attention, "k_norm", None)  # acts on the last dimension, so also after the transpose
+        return (keys if norm is None else norm(keys)), values
+
+    def queries(self, index: int, hidden: Tensor) -> Tensor:
+        layer: Any = self.layers[index]
+        attention = layer.self_attn
+        queries: Tensor = attention.q_proj(layer.input_layernorm(hidden))
+        queries = queries.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        norm = getattr(attention, "q_norm", None)  # acts on the last dimension, so also after the transpose
+        return queries if norm is None else norm(queries)
+
+    def projections(self, index: int) -> tuple[nn.Module, tuple[nn.Module, ...], nn.Module]:
+        layer: Any = self.layers[index]
+        attention = layer.self_attn
+        return attention, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj
 
     @property
     def final_norm(self) -> nn.Module:

@@ -61,7 +61,6 @@ class QwenAdapter(LlamaAdapter):
 
     def _encoder(self, modality: str, method: str, placeholder: int) -> Encoder:
         tower = self.inner.visual
-        attention = self.signal_block.attn
         return Encoder(
             modality=modality,
             method=method,
@@ -69,22 +68,34 @@ class QwenAdapter(LlamaAdapter):
             tower=tower,
             features=None,
             feature_layers=(tower.blocks[-1],),
-            attention=Attention(
-                query=attention.qkv,
-                key=attention.qkv,
-                num_heads=attention.num_heads,
-                num_key_heads=attention.num_heads,
-                head_dim=attention.head_dim,
-                scale=attention.scaling,
-                fused=True,
-            ),
+            attention=block_attention(self.signal_block),
             num_prefix=0,
             drops_prefix=True,
             block=self.signal_block,
             rotary=True,
             segments=segments,
             pool=self.pool,
+            blocks=tuple(tower.blocks),
+            attention_of=block_attention,
+            halves="its tower runs all images as one packed sequence, in merge blocks or windows, whose bounds and "
+            "rotations would have to be cut with it",
+            resize="its grid follows the size of the image: set the processor's max_pixels instead",
         )
+
+
+def block_attention(block: Any) -> Attention:
+    """The self-attention of a block, whose one projection makes queries, keys and values."""
+    attention = block.attn
+    return Attention(
+        query=attention.qkv,
+        key=attention.qkv,
+        num_heads=attention.num_heads,
+        num_key_heads=attention.num_heads,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        output=attention.proj,
+        fused=True,
+    )
 
 
 def segments(arguments: Mapping[str, Any]) -> Tensor:

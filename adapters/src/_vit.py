@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from vtc.adapter import Attention
+from vtc.adapter import Attention, Halves, Resize
 from vtc.errors import UnsupportedModelError
 
 
@@ -28,14 +28,28 @@ def tower_layers(tower: Any) -> nn.ModuleList:
 def tower_attention(layer: Any) -> Attention:
     """The self-attention of a block; norms of q and k, where they exist, are included."""
     attention = _attention(layer)
+    heads = _first(attention, "num_heads", "num_attention_heads")
     return Attention(
         query=getattr(attention, "q_norm", None) or attention.q_proj,
         key=getattr(attention, "k_norm", None) or attention.k_proj,
-        num_heads=attention.num_heads,
-        num_key_heads=attention.num_heads,
+        num_heads=heads,
+        num_key_heads=heads,
         head_dim=attention.head_dim,
-        scale=attention.scale,
+        scale=_first(attention, "scale", "scaling"),
+        output=_first(attention, "out_proj", "o_proj", "projection_layer"),
     )
+
+
+def halves(layer: Any) -> Halves:
+    """The attention and the MLP of a block."""
+    return Halves(_attention(layer), layer.mlp)
+
+
+def interpolated(tower: Any, keeps_prefix: bool) -> Resize | str:
+    """How a tower whose patches become tokens one by one runs on a smaller image."""
+    if keeps_prefix:
+        return "[CLS] stays among its tokens, so that they are no grid"
+    return Resize(tower.config.patch_size)
 
 
 def has_cls(tower: Any) -> bool:
@@ -62,3 +76,8 @@ def feature_layers(tower: Any, indices: int | Sequence[int]) -> tuple[nn.Module,
 
 def _attention(layer: Any) -> Any:
     return getattr(layer, "self_attn", None) or layer.attention
+
+
+def _first(module: Any, *names: str) -> Any:
+    """The first of these attributes that exists."""
+    return getattr(module, next(name for name in names if hasattr(module, name)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from vtc.adapter import Attention, Encoder, register_adapter
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter, decoder_attention
-from vtc.adapters._vit import tower_attention, tower_layers
+from vtc.adapters._vit import halves, tower_attention, tower_layers
 from vtc.tokens import Layout
 
 
@@ -23,6 +23,7 @@ class Gemma3Adapter(LlamaAdapter):
     model_types = ("gemma3",)
     checkpoints = ("google/gemma-3-4b-it", "google/gemma-3-12b-it", "google/gemma-3-27b-it")
     masks_outside = True
+    renumbers = False  # local and global layers rotate differently
 
     def layer_attention(self, index: int) -> Attention:
         return decoder_attention(self.layers[index], heads_first=True)
@@ -43,6 +44,10 @@ class Gemma3Adapter(LlamaAdapter):
                 num_prefix=0,
                 drops_prefix=True,
                 pool=self._average,
+                blocks=tuple(tower_layers(tower)),
+                attention_of=tower_attention,
+                halves=halves,
+                resize="its projector averages a fixed grid of patches",
             ),
         )
 

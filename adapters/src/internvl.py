@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vtc.adapter import Encoder, register_adapter
+from vtc.adapter import Encoder, Resize, register_adapter
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import feature_layers, has_cls, tower_attention
+from vtc.adapters._vit import feature_layers, halves, has_cls, tower_attention, tower_layers
 from vtc.tokens import Layout
 
 
@@ -40,6 +40,10 @@ class InternVLAdapter(LlamaAdapter):
                 num_prefix=int(has_cls(tower)),
                 drops_prefix=config.vision_feature_select_strategy == "default",
                 pool=self._shuffle,
+                blocks=tuple(tower_layers(tower)),
+                attention_of=tower_attention,
+                halves=halves,
+                resize=Resize(self._block * tower.config.patch_size[0], flag=None, square=True),
             ),
         )
 
@@ -51,4 +55,9 @@ class InternVLAdapter(LlamaAdapter):
 
     def _shuffle(self, signal: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """Mean over the patches that pixel shuffle puts into one token: 2x2 blocks of the raster grid."""
-        return block_mean(signal, round(signal.shape[1] ** 0.5), round(1 / self.model.config.downsample_ratio))
+        return block_mean(signal, round(signal.shape[1] ** 0.5), self._block)
+
+    @property
+    def _block(self) -> int:
+        """Patches on the side of the block that becomes one token."""
+        return round(1 / self.model.config.downsample_ratio)

@@ -7,7 +7,7 @@ from torch import nn
 
 from vtc.adapter import Encoder, register_adapter
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import feature_layers, has_cls, tower_attention
+from vtc.adapters._vit import feature_layers, halves, has_cls, interpolated, tower_attention, tower_layers
 from vtc.tokens import Layout
 
 
@@ -34,6 +34,10 @@ class LlavaAdapter(LlamaAdapter):
                 attention=tower_attention(chosen[-1]),
                 num_prefix=int(has_cls(tower)),
                 drops_prefix=config.vision_feature_select_strategy == "default",
+                blocks=tuple(tower_layers(tower)),
+                attention_of=tower_attention,
+                halves=halves,
+                resize=interpolated(tower, has_cls(tower) and config.vision_feature_select_strategy != "default"),
             ),
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtc.adapter import Encoder, Packing, register_adapter
 from vtc.adapters._layout import ragged_layout
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import feature_layers, has_cls, tower_attention
+from vtc.adapters._vit import feature_layers, halves, has_cls, tower_attention, tower_layers
 from vtc.tokens import Layout
 
 
@@ -48,6 +48,10 @@ class LlavaNextAdapter(LlamaAdapter):
             attention=tower_attention(chosen[-1]),
             num_prefix=int(has_cls(tower)),
             drops_prefix=config.vision_feature_select_strategy == "default",
+            blocks=tuple(tower_layers(tower)),
+            attention_of=tower_attention,
+            halves=halves,
+            resize="the processor cuts its images into tiles: hand smaller images to the processor",
         )
 
     @property
@@ -83,18 +87,30 @@ class LlavaNextAdapter(LlamaAdapter):
             places.append(tuple(part.masked_fill(newline, -1) for part in parts))
             first += count
         grids = [((self.side, self.side),) * count for count in tiles]
+        in_tiles = tuple(
+            self._tile_grid(size) if count > 1 else (0, 0) for size, count in zip(sizes, tiles, strict=True)
+        )
         return Packing(
             slot.view(-1, area),
             tuple(image for image, count in enumerate(tiles) for _ in range(count)),
             tuple(len(image) for image in packed),
             ragged_layout(places, grids),  # type: ignore[arg-type]
             separator.view(-1, area),
+            in_tiles,
         )
 
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
         packing = self.packing(encoder, arguments)
         assert packing is not None
         return packing.lengths, packing.layout.to(output.pooler_output[0].device)
+
+    def _tile_grid(self, size: Tensor) -> tuple[int, int]:
+        """Rows and columns of tiles of an image."""
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        config = self.model.config
+        height, width = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        return int(height), int(width)
 
     def _tiles(self, sizes: Tensor) -> list[int]:
         """Tiles of each image, base tile included."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Encoder, Packing, register_adapter
+from vtc.adapters._layout import clip_shape
 from vtc.adapters.llava_next import LlavaNextAdapter
 from vtc.tokens import Layout
 
@@ -28,13 +29,14 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
             method="get_video_features",
             placeholder_id=self.model.config.video_token_id,
             pool=self._pool_frames,
+            resize="its resampler pools a fixed grid",
         )
         return self.image_encoder, video
 
     def packing(self, encoder: Encoder, arguments: Mapping[str, Any]) -> Packing | None:
         if encoder.modality == "image":
             return super().packing(encoder, arguments)
-        videos, frames = arguments["pixel_values_videos"].shape[:2]
+        videos, frames = clip_shape(arguments)
         side = self.side // self.model.config.spatial_pool_stride
         return frame_packing(videos, frames, Layout.grid(side, side, videos, frames))
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Encoder, Packing, register_adapter
-from vtc.adapters._layout import ragged_layout, raster
+from vtc.adapters._layout import clip_shape, ragged_layout, raster
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import feature_layers, has_cls, tower_attention
+from vtc.adapters._vit import feature_layers, halves, has_cls, tower_attention, tower_layers
 from vtc.tokens import Layout
 
 
@@ -42,7 +42,7 @@ class LlavaOnevisionAdapter(LlamaAdapter):
 
     def packing(self, encoder: Encoder, arguments: Mapping[str, Any]) -> Packing | None:
         if encoder.modality == "video":
-            videos, frames = arguments["pixel_values_videos"].shape[:2]
+            videos, frames = clip_shape(arguments)
             side = (self.side + 1) // 2
             images = [(((side, side),) * frames, 1, frames * side * side)] * videos
         else:
@@ -96,7 +96,7 @@ class LlavaOnevisionAdapter(LlamaAdapter):
         return nn.utils.rnn.pad_sequence(packed, batch_first=True)
 
     def _pool_video(self, signal: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        videos = arguments["pixel_values_videos"].shape[0]
+        videos, _ = clip_shape(arguments)
         pooled = self.inner.apply_pooling(signal.float())
         return nn.functional.pad(pooled.reshape(videos, -1, pooled.shape[-1]), (0, 0, 0, 1))
 
@@ -126,6 +126,11 @@ class LlavaOnevisionAdapter(LlamaAdapter):
             num_prefix=int(has_cls(tower)),
             drops_prefix=config.vision_feature_select_strategy == "default",
             pool=pool,
+            blocks=tuple(tower_layers(tower)),
+            attention_of=tower_attention,
+            halves=halves,
+            joins_tiles=modality == "image",
+            resize="the processor cuts its images into tiles: hand smaller images to the processor",
         )
 
 

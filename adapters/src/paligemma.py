@@ -5,7 +5,7 @@ from typing import Any
 
 from vtc.adapter import Encoder, register_adapter
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import tower_attention, tower_layers
+from vtc.adapters._vit import halves, interpolated, tower_attention, tower_layers
 from vtc.tokens import Layout
 
 
@@ -17,6 +17,7 @@ class PaliGemmaAdapter(LlamaAdapter):
     model_types = ("paligemma",)
     checkpoints = ("google/paligemma-3b-mix-224", "google/paligemma2-3b-mix-448", "google/paligemma2-10b-mix-448")
     masks_outside = True
+    bidirectional_prompt = True
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
@@ -33,6 +34,10 @@ class PaliGemmaAdapter(LlamaAdapter):
                 attention=tower_attention(last),
                 num_prefix=0,
                 drops_prefix=True,
+                blocks=tuple(tower_layers(tower)),
+                attention_of=tower_attention,
+                halves=halves,
+                resize=interpolated(tower, False),
             ),
         )
 
@@ -42,8 +47,9 @@ class PaliGemmaAdapter(LlamaAdapter):
         layout = Layout.grid(side, side, groups=features.shape[0], device=features.device)
         return (side * side,) * features.shape[0], layout
 
-    def unavailable(self, signal: str, site: str) -> str | None:
+    def unavailable(self, signal: str, site: str, layer: int = 0) -> str | None:
         capped = getattr(self.text_config, "attn_logit_softcapping", None)
-        if site == "layer" and "attention" in signal and capped is not None:
+        reads_logits = signal == "query_logits" or ("attention" in signal and signal != "attention_output")
+        if site == "layer" and reads_logits and capped is not None:
             return f"its decoder caps attention logits at {capped}, which the recomputed attention does not"
-        return super().unavailable(signal, site)
+        return super().unavailable(signal, site, layer)

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtc.adapter import Encoder, Packing, register_adapter
+from vtc.adapters._layout import clip_shape
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import feature_layers, has_cls, tower_attention
+from vtc.adapters._vit import feature_layers, halves, has_cls, interpolated, tower_attention, tower_layers
 from vtc.adapters.llava_next_video import frame_packing
 from vtc.tokens import Layout
 
@@ -33,7 +34,7 @@ class VideoLlavaAdapter(LlamaAdapter):
     def packing(self, encoder: Encoder, arguments: Mapping[str, Any]) -> Packing | None:
         if encoder.modality == "image":
             return None
-        videos, frames = arguments["pixel_values_videos"].shape[:2]
+        videos, frames = clip_shape(arguments)
 
         def with_cls(part: Tensor) -> Tensor:
             return nn.functional.pad(part.unflatten(1, (frames, -1)), (encoder.num_prefix, 0), value=-1).flatten(1)
@@ -67,4 +68,8 @@ class VideoLlavaAdapter(LlamaAdapter):
             attention=tower_attention(chosen[-1]),
             num_prefix=int(has_cls(tower)),
             drops_prefix=drops_prefix,
+            blocks=tuple(tower_layers(tower)),
+            attention_of=tower_attention,
+            halves=halves,
+            resize=interpolated(tower, not drops_prefix),
         )

@@ -244,11 +244,95 @@ def test_sliding_windows_refuse_long_prompts():
         one.model(**inputs)
 
 
-def test_images_and_videos_in_one_prompt():
-    one = built("qwen2_vl")
-    inputs = one.inputs([("image", 3, "video", 2)])
-    with vtc.compress(one.model, "random:4"), pytest.raises(errors.UnsupportedFeatureError, match="images and videos"):
-        one.model(**inputs)
+class TestImagesAndVideosInOnePrompt:
+    PROMPTS = ((2, "video", 3, "image", 1, "image", 2), ("image", 2), (3, "video", 2), (4,))
+
+    @pytest.mark.parametrize("attention", ATTENTION)
+    @pytest.mark.parametrize(
+        "spec", ["random:5", "fastervlm:7(score=received) + fastv@3:4", "fastervlm:9(score=received) + dart@3:5"]
+    )
+    @pytest.mark.parametrize("family", VIDEO)
+    def test_logits_equal_the_masked_model(self, family, spec, attention):
+        one = built(family, attention)
+        report = equals_masked(one.model, one.inputs(self.PROMPTS), spec)
+        assert report.entering[3] == report.after_last_cut[3] == 0
+        if spec == "random:5":
+            assert report.samples == (0, 0, 0, 1, 2)
+            assert report.entering == (15, 5, 5, 0)
+
+    @pytest.mark.parametrize("family", VIDEO)
+    def test_groups_follow_the_prompt(self, family):
+        """Image or video, each group has its own layout, in the order in which the prompt names them."""
+        one = built(family)
+        inputs = one.inputs(self.PROMPTS)
+        separate = {}
+        for kind, prompts in (("image", (("image", "image"), ("image",))), ("video", (("video",), ("video",)))):
+            _, report = prefill(one.model, one.inputs(prompts), "random:5")
+            separate[kind] = list(report.layout.grids)
+        _, report = prefill(one.model, inputs, "random:5")
+        images, videos = iter(separate["image"]), iter(separate["video"])
+        order = (videos, images, images, images, videos)
+        assert report.layout.grids == tuple(next(kind) for kind in order)
+        assert report.token_map.lengths == (5,) * 5
+        _, pooled = prefill(one.model, inputs, "fastv@3:5")  # all tokens of a sample compete
+        assert pooled.after_last_cut == (15, 5, 5, 0)
+
+    @pytest.mark.parametrize("attention", ATTENTION)
+    @pytest.mark.parametrize("family", VIDEO)
+    def test_a_covering_budget_changes_no_bit(self, family, attention):
+        one = built(family, attention)
+        inputs = one.inputs(self.PROMPTS)
+        with torch.no_grad():
+            expected = one.model(**inputs).logits
+            with vtc.compress(one.model, "random:999 + fastervlm:999(score=received)", positions="original"):
+                assert torch.equal(one.model(**inputs).logits, expected)
+
+    @pytest.mark.parametrize("spec", ["pool:9", "visionzip:6(score=received)", "visionzip:9(score=received) + pool:4"])
+    @pytest.mark.parametrize("family", VIDEO)
+    def test_merged_tokens_reach_their_own_slots(self, family, spec):
+        """Where tokens are merged behind the projector, what enters the LLM is the map times the dense input."""
+        one = built(family)
+        adapter = adapter_for(one.model)
+        if "visionzip" in spec and any(encoder.features is not None for encoder in adapter.encoders):
+            spec = "pool:9"
+        inputs = one.inputs(self.PROMPTS)
+        entered = []
+        hook = adapter.layers[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+        with torch.no_grad():
+            one.model(**inputs)
+        output, report = prefill(one.model, inputs, spec)
+        hook.remove()
+        dense, short = entered
+        column, weights = output.past_key_values._vtc.layers[0].column, report.token_map.matrix()
+        merged = 0
+        for group, (sample, slots) in enumerate(self.slots(one, inputs["input_ids"])):
+            assert report.samples[group] == sample
+            expected = weights[group, :, : len(slots)] @ dense[sample, slots]
+            for slot in range(report.token_map.lengths[group]):
+                (at,) = (column[sample] == slots[report.token_map.anchor[group, slot]]).nonzero()[:, 0]
+                torch.testing.assert_close(short[sample, at], expected[slot], rtol=1e-4, atol=1e-5)
+                merged += int((weights[group, slot] > 0).sum() > 1)
+        assert merged >= 5
+
+    def slots(self, one, ids):
+        """The sample and the places in the prompt of each image and video, in prompt order."""
+        seen = {"image": 0, "video": 0}
+        for sample, prompt in enumerate(self.PROMPTS):
+            start = {"image": 0, "video": 0}
+            for kind in (piece for piece in prompt if isinstance(piece, str)):
+                placeholder = one.placeholder if kind == "image" else one.video_placeholder
+                count = one.piece(kind, seen[kind]).count(placeholder)
+                places = (ids[sample] == placeholder).nonzero()[:, 0]
+                yield sample, places[start[kind] : start[kind] + count]
+                seen[kind] += 1
+                start[kind] += count
+
+    def test_a_modality_without_pixels(self):
+        one = built("llava_onevision")
+        inputs = one.inputs(self.PROMPTS)
+        del inputs["pixel_values_videos"]
+        with vtc.compress(one.model, "random:4"), pytest.raises(errors.InputError, match="video placeholders, but no"):
+            one.model(**inputs)
 
 
 def equals_masked(model, inputs, spec):

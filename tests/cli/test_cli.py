@@ -104,24 +104,3 @@ def test_doctor_on_something_else(tmp_path):
     done = call("doctor", str(tmp_path))
     assert done.returncode == 2
     assert "bert" in done.stderr
-
-
-def test_bench_goes_on_where_it_was_stopped(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("skimage")
-    out = tmp_path / "bench.json"
-    options = ("--per-category", "1", "--out", str(out), "--json")
-    first = json.loads(call("bench", "--methods", "random", "--budgets", "64", *options).stdout)
-    assert set(first["cells"]) == {"dense", "random:64"}
-    stored = json.loads(out.read_text())
-    stored["cells"]["random:64"]["seconds"] = -1.0  # a mark that a second measurement would wipe out
-    out.write_text(json.dumps(stored))
-    second = json.loads(call("bench", "--methods", "random,uniform", "--budgets", "64", *options).stdout)
-    assert set(second["cells"]) == {"dense", "random:64", "uniform:64"}
-    assert second["cells"]["random:64"]["seconds"] == -1.0
-    cell = second["cells"]["uniform:64"]
-    assert cell["tokens"]["entering_llm"] == 64
-    assert cell["accuracy"]["overall"]["questions"] == 8
-    low, high = cell["accuracy"]["overall"]["wilson95"]
-    assert 0 <= low <= cell["accuracy"]["overall"]["accuracy"] <= high <= 1
-    assert 0 <= cell["agreement_with_dense"] <= 1

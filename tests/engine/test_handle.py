@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vtc
-from vtc.engine import encoder as encoder_module
+from vtc.engine import tower_signals
 from vtc.engine.forward import FORWARD
 from vtc.engine.state import ENCODE
 
@@ -94,7 +94,7 @@ def test_an_exception_in_the_forward_leaves_no_state(sdpa_llava):
 def test_a_failing_installation_leaves_nothing(sdpa_llava, monkeypatch):
     before = fingerprint(sdpa_llava.model)
     assert "get_image_features" not in vars(sdpa_llava.model.model)
-    monkeypatch.setattr(encoder_module, "_capture", lambda *_: 1 / 0)
+    monkeypatch.setattr(tower_signals, "_record", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         vtc.patch(sdpa_llava.model, "fastervlm:6")
     assert fingerprint(sdpa_llava.model) == before

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine import masks
-from vtc.engine.forward import FORWARD, Forward, inverse_columns, take
+from vtc.engine import carry, layer_signals, masks, size_bias, unmerge
+from vtc.engine.evict import evict
+from vtc.engine.forward import FORWARD, NO_OUTER, OUTER, Forward, LayerState, Outer, inverse_columns, take
 from vtc.engine.memory import Held, Memory, check_cache, held_length, memory_of, remember
 from vtc.engine.plan import Plan, Step
 from vtc.engine.state import ATTRIBUTE, Encoded, run_step, stopwatch
@@ -31,6 +32,8 @@ def attach(adapter: Adapter, plan: Plan, record: Record, undo: list[Undo]) -> No
     """Hook the inner model and the language model; what takes the hooks off again goes to `undo`."""
     inner, lm = adapter.inner, adapter.language_model
     undo += [
+        adapter.model.register_forward_pre_hook(functools.partial(_enter_outer, adapter), with_kwargs=True).remove,
+        adapter.model.register_forward_hook(_leave_outer, always_call=True).remove,
         inner.register_forward_pre_hook(functools.partial(_enter, adapter, plan), with_kwargs=True).remove,
         # always_call: also when the forward raised, so that no state survives it
         inner.register_forward_hook(_leave, always_call=True).remove,
@@ -56,18 +59,34 @@ def apply_step(step: Step, visual: Visual, tokens: Tokens, state: Forward, x: Te
     return after, x
 
 
+def _enter_outer(adapter: Adapter, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Pre-hook of the outer model: assisted decoding asks for one more row of logits than it guessed tokens.
+
+    Only `generate` encodes ahead; a user who scores an answer with logits_to_keep hands over pixels.
+    """
+    rows, outputs = kwargs.get("logits_to_keep"), kwargs.get("mm_encoder_outputs") or {}
+    guessed = rows - 1 if isinstance(rows, int) and rows > 1 and outputs else 0
+    if guessed and adapter.bidirectional_prompt:
+        raise UnsupportedFeatureError(
+            f"assisted decoding of {adapter.family}: the whole prompt of this model sees itself, and with it the "
+            f"{guessed} tokens that the assistant guessed, so the answer would differ from the one without assistant "
+            "(in the unpatched model, too). Call generate without assistant_model and prompt_lookup_num_tokens."
+        )
+    OUTER.set(Outer(guessed, {name: getattr(output, ATTRIBUTE, None) for name, output in outputs.items()}))
+
+
 def _enter(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Pre-hook of the inner model."""
     _clear()
     bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     given = {**bound, **bound.get("kwargs", {})}
-    state = Forward(plan, given.get("input_ids"))
+    state = Forward(plan, given.get("input_ids"), candidates=OUTER.get().candidates)
     outputs = given.get("mm_encoder_outputs") or {}
     for encoder in adapter.encoders:
         output = outputs.get(encoder.modality)
         if output is None:
             continue
-        encoded = getattr(output, ATTRIBUTE, None)
+        encoded = getattr(output, ATTRIBUTE, None) or OUTER.get().encoded.get(encoder.modality)
         if encoded is None:
             raise StateError(
                 "mm_encoder_outputs were encoded before the patch, or cut into pieces by prefill_chunk_size, so it is "
@@ -93,20 +112,28 @@ def _cut_outer_mask(plan: Plan, state: Forward, given: dict[str, Any], kwargs: d
     state.mask = mask
     tokens = given["inputs_embeds"] if state.input_ids is None else state.input_ids
     memory = memory_of(cache, plan, tokens.shape[0]) if cache is not None else None
-    if memory is None or (mask is None and not memory.layers[0].ragged):
+    if memory is None:
         return kwargs
-    dense = held_length(cache) - memory.entries
+    dense = held_length(cache, plan.reference) - memory.entries
     past = memory.length + dense
     new = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-    columns = torch.cat([memory.column(0, dense).to(tokens.device), new], dim=1)
+    columns = torch.cat([memory.column(plan.reference, dense).to(tokens.device), new], dim=1)
+    types = given.get("token_type_ids")
+    if types is not None and types.shape[1] == past + tokens.shape[1]:
+        # they say which keys belong to the same image; padding is hidden by the mask
+        kwargs = {**kwargs, "token_type_ids": types.gather(1, columns.clamp(min=0).to(types.device))}
     if mask is None:
-        return {**kwargs, "attention_mask": (columns >= 0).long()}
+        return {**kwargs, "attention_mask": (columns >= 0).long()} if memory.reference.ragged else kwargs
     _check_width(mask, past, tokens.shape[1])
     return {**kwargs, "attention_mask": masks.cut(mask, None, columns)}
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     _clear()
+
+
+def _leave_outer(module: nn.Module, args: Any, output: Any) -> None:
+    OUTER.set(NO_OUTER)
 
 
 def _clear() -> None:
@@ -136,7 +163,7 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
             "gradient checkpointing runs layers twice, the second time without the state of this forward. "
             "Turn it off while the model is patched."
         )
-    state.held = held_length(cache) if cache is not None else 0
+    state.held = held_length(cache, plan.reference) if cache is not None else 0
     if state.memory is not None:
         state.dense = state.held - state.memory.entries
         state.past = state.memory.length + state.dense
@@ -157,12 +184,17 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
         with stopwatch(embeds.device) as watch:
             embeds, located = _decide(adapter, plan, state, embeds)
         state.seconds += [("llm_in", watch), *(("tower_out", encoded) for encoded in state.encoded.values())]
+        state.seconds += [timed for encoded in state.encoded.values() for timed in encoded.tower_seconds]
         kwargs.update(adapter.cut_visual(kwargs, functools.partial(_cut_columns, state, located)))
-    if plan.positions == "compact":
+    if plan.positions != "original":
         positions = _compact_positions(state, positions)
     if state.column is not None:
         embeds = take(embeds, state.column)
         positions = take(positions, state.column, dim=-1)
+    if plan.positions == "renumber":
+        valid_rows = state.valid_rows().long()
+        state.positions, state.door_rank = positions, valid_rows.cumsum(1) - valid_rows
+        state.door_valid = valid_rows.sum(1)
     state.door_column, state.door_row_of, state.door_ragged = state.column, state.row_of, state.ragged
     kwargs["inputs_embeds"] = embeds
     kwargs["position_ids"] = positions
@@ -177,8 +209,9 @@ def _check_placeholders(adapter: Adapter, state: Forward) -> None:
     placeholders = torch.tensor([encoder.placeholder_id for encoder in adapter.encoders], device=state.input_ids.device)
     if torch.isin(state.input_ids, placeholders).any():
         raise InputError(
-            "the prompt holds image placeholders, but no images came with it. Pass pixel_values with the prompt, and "
-            "prefill in one piece: prefill_chunk_size drops them."
+            "the prompt holds image placeholders, but no images came with it. Pass pixel_values with the prompt, "
+            "prefill in one piece (prefill_chunk_size drops them), and leave an assistant_model unpatched (generate "
+            "hands it no images)."
         )
 
 
@@ -213,29 +246,56 @@ def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> tup
             "inputs_embeds without input_ids: the places of the visual tokens are read from the ids. "
             "Pass input_ids (and pixel_values or mm_encoder_outputs)."
         )
-    if len(state.encoded) > 1:
-        raise UnsupportedFeatureError("images and videos in one prompt are not compressed together yet.")
-    ((modality, encoded),) = state.encoded.items()
-    encoder = next(e for e in adapter.encoders if e.modality == modality)
-    state.is_visual = (state.input_ids == encoder.placeholder_id).to(embeds.device)
-    valid = torch.ones_like(state.is_visual) if state.valid is None else state.valid
-    # the one wait for the device in a prefill: how many placeholders and valid columns each prompt has
-    counts, state.valid_counts = torch.stack([state.is_visual.sum(1), valid.sum(1)]).tolist()
-    visual, images = Visual.locate(state.is_visual, encoded.lengths, encoded.layout, counts)
-    located = visual
-    if encoded.token_map is not None:
-        visual = visual.follow(encoded.token_map.groups(images))
+    visual, located = _locate(adapter, state, embeds.device)
+    state.layout = located.layout
+    carry.note_text(plan, state)
     for step in plan.at("llm_in"):
         if step.stage.pool == "sample":
             visual = visual.pooled()
-        signals = _text_signals(step, state, visual, embeds)
-        tokens = visual.tokens(embeds, step.budget, signals)
+        signals = {**_text_signals(step, state, visual, embeds), **carry.collect(step, state, visual)}
+        tokens = visual.tokens(embeds, step.budget, signals, schedule=step.stage.schedule)
         visual, embeds = apply_step(step, visual, tokens, state, embeds)
     state.visual = visual
-    if any(have != sum(images) for have, images in zip(visual.lengths, visual.origin, strict=True)):
-        state.shorten()
+    layer_signals.note_door(plan, state, visual, embeds)
     state.visual_lengths[0] = visual.per_sample(state.batch)
+    if any(have != sum(images) for have, images in zip(visual.lengths, visual.origin, strict=True)):
+        if plan.unmerge:
+            embeds = unmerge.begin(state, located, embeds)
+        else:
+            state.shorten()
     return embeds, located
+
+
+def _locate(adapter: Adapter, state: Forward, device: torch.device) -> tuple[Visual, Visual]:
+    """The visual tokens of all modalities: those that are left after the tower, and all of them, in prompt order."""
+    assert state.input_ids is not None
+    places = [(state.input_ids == encoder.placeholder_id).to(device) for encoder in adapter.encoders]
+    state.is_visual = torch.stack(places).any(0)
+    valid = torch.ones_like(state.is_visual) if state.valid is None else state.valid
+    # the one wait for the device in a prefill: how many placeholders and valid columns each prompt has
+    *counts, state.valid_counts = torch.stack([*(place.sum(1) for place in places), valid.sum(1)]).tolist()
+    located, left = [], []
+    for encoder, place, count in zip(adapter.encoders, places, counts, strict=True):
+        encoded = state.encoded.get(encoder.modality)
+        if encoded is None:
+            if any(count):
+                raise InputError(
+                    f"the prompts hold {sum(count)} {encoder.modality} placeholders, but no {encoder.modality}s came "
+                    "with them. Pass the pixels of everything that the prompts name."
+                )
+            continue
+        whole, images = Visual.locate(place, encoded.lengths, encoded.layout, count, encoder.modality)
+        carry.locate(state, encoder, encoded, whole, images)
+        located.append(whole)
+        token_map = encoded.token_map
+        left.append(whole if token_map is None else whole.follow(token_map.groups(images)))
+    if len(located) == 1:
+        return left[0], located[0]
+    # images and videos in one prompt: a second wait says which of them comes first
+    first = torch.cat([whole.column[:, 0] for whole in located]).tolist()
+    sample = [row for whole in located for row in whole.sample]
+    order = sorted(range(len(first)), key=lambda group: (sample[group], first[group]))
+    return Visual.join(left, order), Visual.join(located, order)
 
 
 def _cut_columns(state: Forward, located: Visual, dense: Tensor) -> Tensor:
@@ -255,7 +315,7 @@ def _text_signals(step: Step, state: Forward, visual: Visual, embeds: Tensor) ->
     if not any(signal.name in ("text_embeds", "text_after") for signal in step.stage.signals):
         return {}
     assert state.is_visual is not None
-    is_text = ~state.is_visual if state.valid is None else ~state.is_visual & state.valid
+    is_text = ~state.is_visual & state.read_rows()  # nothing was gathered yet: rows are columns
     # text tokens first, in order; this width holds the longest text, without asking the device
     width = state.length - min(visual.per_sample(state.batch, [sum(images) for images in visual.origin]))
     order = (~is_text).long().argsort(dim=1, stable=True)[:, :width]
@@ -271,7 +331,7 @@ def _compact_positions(state: Forward, positions: Tensor) -> Tensor:
     """Positions with the gaps of dropped columns closed, here and in earlier turns."""
     if positions.dim() != 2:
         raise UnsupportedFeatureError(
-            "positions='compact' has no meaning for M-RoPE, whose positions are places on the image. "
+            "closing gaps between positions has no meaning for M-RoPE, whose positions are places on the image. "
             "Use positions='original'."
         )
     shift = state.memory.shift if state.memory is not None else None
@@ -290,55 +350,21 @@ def _door_mask(adapter: Adapter, state: Forward, mask: Any, embeds: Tensor) -> A
     if adapter.masks_outside:  # what the cache holds was cut before the masks were built
         held, past = state.arange(state.held), state.held
     else:
-        held = memory.column(0, state.dense) if memory is not None else state.arange(state.past)
+        held = memory.column(state.plan.reference, state.dense) if memory is not None else state.arange(state.past)
         past = state.past
     columns = torch.cat([held, torch.where(new < 0, -1, new + past)], dim=1)
-    ragged = state.ragged or (memory is not None and memory.layers[0].ragged)
+    ragged = state.ragged or (memory is not None and memory.reference.ragged)
     implementation = adapter.text_config._attn_implementation
-    if state.plan.size_bias:
-        if implementation not in ("eager", "sdpa"):
-            raise UnsupportedFeatureError(
-                f"size_bias=True adds log(size) to attention logits, for which {implementation!r} has no argument. "
-                "Load the model with attn_implementation='sdpa'."
-            )
-        state.bias = _size_bias(state)
     if isinstance(mask, dict):
         # these go to the layers as they are, so None is plain causal over all rows
         whole = masks.causal(columns >= 0, new.shape[1], embeds.dtype, implementation) if ragged else None
-        cut = {name: whole if part is None else masks.cut(part, new, columns) for name, part in mask.items()}
-        return {name: _biased(part, columns, state, embeds) for name, part in cut.items()}
+        return {name: whole if part is None else masks.cut(part, new, columns) for name, part in mask.items()}
     if mask is None and (ragged or state.cache is None):
         # without a mask and without a cache, gaps in position_ids would be read as packed sequences
         mask = (columns >= 0).long()
     elif mask is not None:
         mask = masks.cut(mask, new, columns)
-    return _biased(mask, columns, state, embeds)
-
-
-def _biased(mask: Any, columns: Tensor, state: Forward, embeds: Tensor) -> Any:
-    """`mask` with log(size) added for every key, where that is asked for."""
-    if state.bias is None:
-        return mask
-    if mask is None or mask.dim() == 2:
-        valid = columns >= 0 if mask is None else mask.bool()
-        mask = masks.causal(valid, embeds.shape[1], embeds.dtype, "eager")
-    elif not mask.is_floating_point():
-        mask = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
-    return mask + state.bias[:, None, None, :].to(mask.dtype)
-
-
-def _size_bias(state: Forward) -> Tensor:
-    """log(size) of every key of layer 0, in the order in which it holds them."""
-    new = torch.zeros(state.batch, state.length + 1, device=state.device)
-    if state.visual is not None:
-        target = torch.where(state.visual.column < 0, state.length, state.visual.column)
-        new[state.visual.sample_index[:, None], target] = state.visual.sizes.clamp(min=1).log()
-    column = state.columns()
-    bias = new.gather(1, torch.where(column < 0, state.length, column))
-    past = torch.zeros(state.batch, state.held, device=state.device)
-    if state.memory is not None and state.memory.bias is not None:
-        past[:, : state.memory.entries] = state.memory.bias
-    return torch.cat([past, bias], dim=1)
+    return mask
 
 
 def _restore(
@@ -349,13 +375,18 @@ def _restore(
     if state is None or state.visual is None:
         return None
     record(state)
-    if state.column is None:
-        return None
+    if state.unmerging is not None:
+        return unmerge.restore(output)
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         cache = kwargs.get("past_key_values")
-    if cache is not None:
-        remember(cache, _written(adapter, plan, state))
+    # frozen and parked tokens change what single layers hold, though every row is back here
+    shortened = state.column is not None or any(seen.column is not None for seen in state.layer_state.values())
+    shortened = shortened or (plan.size_bias and not state.visual.token_map.is_selection)
+    if cache is not None and shortened:
+        remember(cache, evict(cache, plan, state, _written(adapter, plan, state)))
+    if state.column is None:
+        return None
     keep = inverse_columns(state.column, state.length) >= 0
     padding = (state.column < 0).sum(1, keepdim=True)
     # every column reads the row of the last kept column at or before it
@@ -370,35 +401,39 @@ def _restore(
 def _written(adapter: Adapter, plan: Plan, state: Forward) -> Memory:
     """What each layer holds after this call."""
     memory = state.memory
-    made: dict[tuple[int, int], Held] = {}
+    made: dict[tuple[int, ...], Held] = {}
     layers = []
+    at_door = LayerState(state.door_column, None, state.door_ragged)
     for index in range(len(adapter.layers)):
-        column, place, ragged = state.layer_state.get(index, (state.door_column, None, state.door_ragged))
+        seen = state.layer_state.get(index, at_door)
         before = memory.layers[index] if memory is not None else None
-        key = id(column), id(before)
+        key = id(seen.column), id(before), id(seen.shift), id(seen.visual)
         if key not in made:
-            made[key] = _joined(state, before, column, place, ragged)
+            made[key] = _joined(state, index, seen)
         layers.append(made[key])
     shift = state.shift if state.shift is not None else (memory.shift if memory is not None else None)
-    return Memory(plan, state.past + state.length, tuple(layers), shift, state.bias)
+    return Memory(plan, state.past + state.length, tuple(layers), shift)
 
 
-def _joined(state: Forward, before: Held | None, column: Tensor | None, place: Tensor | None, ragged: bool) -> Held:
-    """The entries of a layer before this call, followed by its new ones."""
-    new = state.arange(state.length) if column is None else column
+def _joined(state: Forward, index: int, seen: LayerState) -> Held:
+    """The entries of layer `index` before this call, followed by its new ones."""
+    new = state.arange(state.length) if seen.column is None else seen.column
     logical = torch.where(new < 0, -1, new + state.past)
     memory = state.memory
-    if before is None or memory is None:
-        held, held_place = state.arange(state.past), None
+    if memory is None:
+        before, held, held_place = None, state.arange(state.past), None
     else:
-        index = memory.layers.index(before)
+        before = memory.layers[index]
         held, held_place = memory.column(index, state.dense), memory.place(index, state.dense)
+    bias = size_bias.of_layer(state, index, seen)
     joined = torch.cat([held, logical], dim=1)
-    ragged = ragged or (before is not None and before.ragged)
+    ragged = seen.ragged or (before is not None and before.ragged)
+    place = seen.place
     if place is None and held_place is None:
-        return Held(joined, None, ragged)
+        return Held(joined, None, ragged, seen.shift, bias)
     if held_place is None:
         held_place = state.arange(state.held)
     if place is None:
         place = state.arange(new.shape[1])
-    return Held(joined, torch.cat([held_place, torch.where(place < 0, -1, place + state.held)], dim=1), ragged)
+    places = torch.cat([held_place, torch.where(place < 0, -1, place + state.held)], dim=1)
+    return Held(joined, places, ragged, seen.shift, bias)

@@ -17,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter, Encoder
+from vtc.engine import carry, pixels, tower_groups, tower_signals
 from vtc.engine.door import note_encoded
-from vtc.engine.groups import Groups, gather_tokens
+from vtc.engine.groups import Groups, gather_signal, gather_tokens
 from vtc.engine.plan import Plan
-from vtc.engine.rotary import rotate
 from vtc.engine.state import ATTRIBUTE, ENCODE, Encoded, EncodeState, run_step, stopwatch
+from vtc.engine.tower_signals import state_of
 from vtc.errors import SignalUnavailableError, UnsupportedFeatureError
-from vtc.kernels import attention_rows, received_attention
 from vtc.stages import Signal
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout, Tokens
@@ -35,23 +35,16 @@ def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
     """Wrap the encoders of the model; what takes it off again goes to `undo`, step by step."""
     for encoder in adapter.encoders:
         undo.append(_wrap(adapter, plan, encoder))
-        if not plan.at("tower_out"):
-            continue
-        names = {signal.name for signal in plan.signals("tower_out")}
-        if names & {"cls_attention", "received_attention"}:
-            undo.append(_capture(encoder.attention.query, encoder, "query"))
-        if names & {"cls_attention", "received_attention", "keys"}:
-            undo.append(_capture(encoder.attention.key, encoder, "key"))
-            if encoder.rotary or encoder.segments is not None:
-                hook = functools.partial(_capture_arguments, encoder)
-                undo.append(encoder.signal_block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        if "cls_hidden" in names:
-            for i, layer in enumerate(encoder.feature_layers):
-                undo.append(_capture(layer, encoder, f"hidden{i}"))
-        if encoder.features is not None:
+        tower_signals.capture(encoder, {*plan.signals("tower_out"), *carry.wanted(plan)}, undo)
+        if carry.reads_features(plan):
+            assert encoder.features is not None
+            undo.append(encoder.features.register_forward_pre_hook(functools.partial(_note_features, encoder)).remove)
+        pixels.attach(plan, encoder, undo)
+        if encoder.features is not None and (plan.at("tower_out") or plan.at("pixels") or plan.tower):
             features = functools.partial(_compress_features, adapter, plan, encoder)
             undo.append(encoder.features.register_forward_pre_hook(features).remove)
             undo.append(encoder.features.register_forward_hook(functools.partial(_restore_grid, encoder)).remove)
+    tower_groups.attach(adapter, plan, undo)
 
 
 def _wrap(adapter: Adapter, plan: Plan, encoder: Encoder) -> Undo:
@@ -78,9 +71,11 @@ def _wrap(adapter: Adapter, plan: Plan, encoder: Encoder) -> Undo:
             ENCODE.reset(token)
         if not isinstance(output, tuple):
             lengths, layout = adapter.layout(encoder, output, state.arguments)
-            if encoder.features is None and plan.at("tower_out"):
+            if encoder.features is None and (plan.at("tower_out") or plan.tower):
                 _compress_output(adapter, plan, state, output, lengths, layout)
-            encoded = Encoded(plan, lengths, layout, state.token_map, state.seconds)
+            carried = carry.of_images(adapter, plan, state)
+            inside = () if state.passage is None else tuple(state.passage.seconds)
+            encoded = Encoded(plan, lengths, layout, state.token_map, state.seconds, inside, carried)
             setattr(output, ATTRIBUTE, encoded)
             note_encoded(encoder.modality, encoded)
         return output
@@ -96,33 +91,24 @@ def _wrap(adapter: Adapter, plan: Plan, encoder: Encoder) -> Undo:
     return undo
 
 
-def _state_of(encoder: Encoder) -> EncodeState | None:
-    """The running call of `encoder`, None while another one or none runs."""
-    state = ENCODE.get()
-    return state if state is not None and state.encoder.method == encoder.method else None
-
-
-def _capture(module: nn.Module, encoder: Encoder, name: str) -> Undo:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        state = _state_of(encoder)
-        if state is not None:
-            state.captured[name] = output[0] if isinstance(output, tuple) else output
-
-    return module.register_forward_hook(hook).remove
-
-
-def _capture_arguments(encoder: Encoder, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    state = _state_of(encoder)
+def _note_features(encoder: Encoder, module: nn.Module, args: Any) -> None:
+    """Pre-hook of the projector, before any compression."""
+    state = state_of(encoder)
     if state is not None:
-        state.block = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        state.features = args[0]
 
 
 def _compress_features(adapter: Adapter, plan: Plan, encoder: Encoder, module: nn.Module, args: Any) -> Any:
     """Pre-hook of the projector: [G, N, D] -> [G, K, D]."""
-    state = _state_of(encoder)
+    state = state_of(encoder)
     if state is None:
         return None
     x = args[0]
+    if state.decided is not None:  # the tower ran on a smaller image, and its tokens take these places
+        state.token_map, state.place = state.decided, state.decided.anchor
+        state.shape = torch.Size((x.shape[0], state.decided.num_tokens, x.shape[2]))
+        state.rows = list(range(x.shape[0]))
+        return None
     with stopwatch(x.device) as watch:
         packing = adapter.packing(encoder, state.arguments)
         groups = Groups.of(packing, x, _square(x) if packing is None else None)
@@ -138,7 +124,7 @@ def _compress_features(adapter: Adapter, plan: Plan, encoder: Encoder, module: n
 
 def _restore_grid(encoder: Encoder, module: nn.Module, args: Any, output: Any) -> Any:
     """Hook of the projector: [G, K, D'] -> [G, N, D'], features at their anchors, zeros elsewhere."""
-    state = _state_of(encoder)
+    state = state_of(encoder)
     if state is None or state.place is None or state.shape is None:
         return None
     full = output.new_zeros(state.shape[0], state.shape[1] + 1, output.shape[2])
@@ -153,6 +139,12 @@ def _compress_output(
     """Run the stages on the features that leave the encoder; merged ones are written in their anchors' places."""
     parts = list(output.pooler_output)
     flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+    if len(flat) != sum(lengths):
+        raise UnsupportedFeatureError(
+            f"this version of transformers adds tokens to {state.encoder.modality}s behind {state.encoder.method} "
+            f"({len(flat)} features for {sum(lengths)} places), where stages at tower_out cannot see them. Update "
+            "transformers, or use a method that acts at llm_in or inside the LLM."
+        )
     x = nn.utils.rnn.pad_sequence(list(flat.split(list(lengths))), batch_first=True)
     with stopwatch(x.device) as watch:
         packing = adapter.packing(state.encoder, state.arguments)
@@ -178,10 +170,13 @@ def _decide(
 ) -> tuple[Float[Tensor, "G K D"], TokenMap | None]:
     """Run the stages: the features that stay and the map to them; None where the budgets cover everything."""
     x, lengths, layout = groups.x, groups.lengths, groups.layout
-    total: TokenMap | None = None
+    total = tower_groups.decision(plan, state, groups)
+    if total is not None:  # the tower wrote what it left in the places of the anchors
+        lengths, anchor = total.lengths, total.anchor[:, : max(total.lengths)]
+        x, layout = gather_tokens(x, anchor), None if layout is None else layout.take(anchor)
     for step in plan.at("tower_out"):
         for signal in step.stage.signals:
-            reason = encoder.lacks(signal.name)
+            reason = encoder.lacks(signal.name, signal.layer)
             if reason is not None:
                 raise SignalUnavailableError(
                     f"{step} reads {signal.name!r}, which {encoder.modality}s cannot give here: {reason}."
@@ -190,7 +185,7 @@ def _decide(
         covers_all = all(k >= n for k, n in zip(wanted, lengths, strict=True))
         if total is None and covers_all and "adaptive" not in step.method.tags:
             continue  # nothing is touched, so the features stay bit for bit
-        signals = _signals(state, encoder, groups, step.stage.signals, total)
+        signals = _signals(state, groups, step.stage.signals, total)
         tokens = Tokens(x, lengths, layout, signals, budget=wanted)
         if any(signal.name == "cls_hidden" for signal in step.stage.signals):
             tokens = _with_cls(tokens, state, encoder, groups)
@@ -210,52 +205,27 @@ def _square(x: Tensor) -> Layout | None:
 
 
 def _signals(
-    state: EncodeState, encoder: Encoder, groups: Groups, wanted: tuple[Signal, ...], total: TokenMap | None
+    state: EncodeState, groups: Groups, wanted: tuple[Signal, ...], total: TokenMap | None
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    attention, prefix, captured = encoder.attention, encoder.num_prefix, state.captured
-    skip = prefix if encoder.drops_prefix else 0
-    keys = _heads(state, encoder, "key") if "key" in captured else torch.empty(0)
-    for signal in wanted:
-        if signal.name == "cls_attention":
-            rows = attention.split_queries(captured["query"][:, :1])
-            value = attention_rows(rows, keys, scale=attention.scale)[:, 0, skip:]
-        elif signal.name == "received_attention":
-            queries = _heads(state, encoder, "query")
-            segments = encoder.segments(state.block) if encoder.segments is not None else None
-            value = received_attention(queries, keys, segments=segments, scale=attention.scale)[:, skip:]
-        elif signal.name == "keys":
-            value = keys[:, :, skip:]
-        else:
+    with_cls = any(one.name == "cls_hidden" for one in wanted)
+    for one in wanted:
+        if one.name == "tile":
+            found[one.name] = groups.tile()
             continue
-        value = groups.take(_pooled(value, state, encoder))
+        value = tower_signals.signal(state, one)
+        if value is None:
+            continue
+        if one.name == "cls_query":
+            found[one.name] = value[groups.rows]
+            continue
+        value = groups.take(value)
         if total is not None:
-            value = gather_tokens(value, total.anchor)
-        if signal.name == "keys" and any(other.name == "cls_hidden" for other in wanted):
-            value = torch.cat([keys[groups.rows, :, :skip], value], dim=2)
-        found[signal.name] = value
+            value = gather_signal(value, total.anchor)
+        if one.name == "keys" and with_cls:
+            value = torch.cat([tower_signals.prefix_keys(state, one.layer)[groups.rows], value], dim=2)
+        found[one.name] = value
     return found
-
-
-def _heads(state: EncodeState, encoder: Encoder, name: str) -> Tensor:
-    """Queries or keys [T, H, N, d] of the block that gives the signals, rotated where the tower rotates them."""
-    split = encoder.attention.split_queries if name == "query" else encoder.attention.split_keys
-    heads = split(state.captured[name])
-    if not encoder.rotary:
-        return heads
-    cos, sin = (part[None].float() for part in state.block["position_embeddings"])
-    return rotate(heads.float(), cos, sin)
-
-
-def _pooled(value: Tensor, state: EncodeState, encoder: Encoder) -> Tensor:
-    """A signal ([T, N] or [T, H, N, d]) of the tower's patches as one of the tokens at `tower_out`."""
-    if encoder.pool is None:
-        return value
-    if value.dim() == 2:
-        return encoder.pool(value[..., None], state.arguments)[..., 0]
-    heads = value.shape[1]
-    pooled = encoder.pool(value.transpose(1, 2).flatten(2).float(), state.arguments)
-    return pooled.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def _with_cls(tokens: Tokens, state: EncodeState, encoder: Encoder, groups: Groups) -> Tokens:

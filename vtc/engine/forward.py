@@ -1,8 +1,10 @@
 """One forward of the language model: what came in, what is left, and what each layer must see."""
 
+from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,6 +14,38 @@ from vtc.engine.memory import Memory
 from vtc.engine.plan import Plan
 from vtc.engine.state import Encoded
 from vtc.engine.visual import Visual
+from vtc.tokens import Layout
+
+
+class LayerState(NamedTuple):
+    """What a layer saw of the new tokens.
+
+    Args:
+        column: [B, R] columns of its keys, in their order; None: all.
+        place: [B, R] their rows at the door; None: the same.
+        ragged: whether there is padding that no mask of the host knows.
+        shift: [B] how far the positions of later tokens are moved in this layer (`positions="renumber"`); None: 0.
+        visual: the visual tokens that were left; None: no image in this call.
+    """
+
+    column: Tensor | None
+    place: Tensor | None
+    ragged: bool
+    shift: Tensor | None = None
+    visual: Visual | None = None
+
+
+@dataclass(eq=False)
+class Parked:
+    """The rows that were current when tokens were parked; they are it again before layer `until`."""
+
+    until: int
+    hidden: Tensor
+    visual: Visual
+    column: Tensor | None
+    row_of: Tensor | None
+    place: Tensor | None
+    ragged: bool
 
 
 @dataclass(eq=False)
@@ -24,6 +58,7 @@ class Forward:
     plan: Plan
     input_ids: Tensor | None
     encoded: dict[str, Encoded] = field(default_factory=dict)
+    candidates: int = 0  # last columns that assisted decoding guessed: dropped like text, but read by no signal
     mask: Tensor | None = None  # the 2-D mask that the inner model got, where it builds the masks of the layers
     token: "Token[Forward | None] | None" = None
 
@@ -35,7 +70,7 @@ class Forward:
     memory: Memory | None = None
     past: int = 0  # logical columns before this call
     dense: int = 0  # of those, tokens that follow the memory's compressed part
-    held: int = 0  # entries of layer 0 before this call
+    held: int = 0  # entries of the reference layer before this call
     valid: Bool[Tensor, "B S"] | None = None  # the prompt's 2-D mask over the new columns; None: all valid
     past_valid: Bool[Tensor, "B P"] | None = None
     is_visual: Bool[Tensor, "B S"] | None = None
@@ -43,6 +78,7 @@ class Forward:
 
     # what is left
     visual: Visual | None = None
+    layout: Layout | None = None  # of the uncompressed tokens of each group that came in
     column: Int[Tensor, "B R"] | None = None  # rows -> columns; None while nothing was dropped
     row_of: Int[Tensor, "B S"] | None = None  # columns -> rows, -1 for dropped ones
     ragged: bool = False  # rows are padded because samples keep different numbers
@@ -52,14 +88,24 @@ class Forward:
     door_row_of: Int[Tensor, "B S"] | None = None
     door_ragged: bool = False
     place: Int[Tensor, "B R"] | None = None  # rows -> rows at the door; None until a layer dropped something
+    positions: Tensor | None = None  # of the rows at the door
+    door_rank: Int[Tensor, "B R"] | None = None  # how many tokens stand before each row at the door (renumber)
+    door_valid: Int[Tensor, " B"] | None = None  # how many they are
+    parked: "Parked | None" = None
+    unmerging: Any = None  # vtc.engine.unmerge.Unmerging: rows and columns of virtual unmerging
+    live: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # frozen layer -> its input, its live rows
     shift: Int[Tensor, " B"] | None = None
-    bias: Tensor | None = None
     shared: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)  # arguments cut once for many layers
+    carried: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # encoder signals over columns [B, S + 1, ...]
+    door_embeds: Tensor | None = None  # embeddings of the prompt after the stages at `llm_in`
+    door_visual: Visual | None = None
+    layer_arguments: dict[int, dict[str, Any]] = field(default_factory=dict)  # of layers whose attention is read
     captured: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     # what was done
-    layer_state: dict[int, tuple[Tensor | None, Tensor | None, bool]] = field(default_factory=dict)
+    layer_state: dict[int, LayerState] = field(default_factory=dict)
     visual_lengths: dict[int, list[int]] = field(default_factory=dict)
+    awake: dict[int, list[int]] = field(default_factory=dict)  # frozen layer -> visual tokens that ask there
     seconds: list[tuple[str, Any]] = field(default_factory=list)
 
     @property
@@ -77,6 +123,17 @@ class Forward:
         valid = column >= 0
         return valid if self.valid is None else valid & self.valid.gather(1, column.clamp(min=0))
 
+    def read_rows(self) -> Bool[Tensor, "B R"]:
+        """Which current rows signals may read: the valid ones without the candidates of assisted decoding."""
+        return self.valid_rows() & (self.columns() < self.length - self.candidates)
+
+    def valid_totals(self) -> list[int]:
+        """How many tokens each sample has left, without asking the device."""
+        assert self.visual is not None
+        before = self.visual.per_sample(self.batch, [sum(images) for images in self.visual.origin])
+        after = self.visual.per_sample(self.batch)
+        return [n - b + a for n, b, a in zip(self.valid_counts, before, after, strict=True)]
+
     def shorten(self) -> None:
         """Make the surviving columns the current ones: all text, and the visual tokens that are left.
 
@@ -86,13 +143,25 @@ class Forward:
         keep = ~self.is_visual | self.visual.is_kept(self.batch, self.length)
         if self.valid is not None:
             keep = keep & self.valid
-        before = self.visual.per_sample(self.batch, [sum(images) for images in self.visual.origin])
-        after = self.visual.per_sample(self.batch)
-        totals = [n - b + a for n, b, a in zip(self.valid_counts, before, after, strict=True)]
+        totals = self.valid_totals()
         self.column = compact_columns(keep, totals)
         self.row_of = inverse_columns(self.column, self.length)
         self.ragged = len(set(totals)) > 1
         self.shared.clear()
+
+    def park(self, hidden: Tensor, before: Visual, until: int) -> None:
+        """Remember the current rows, of which `self.visual` no longer has all of `before`."""
+        self.parked = Parked(until, hidden, before, self.column, self.row_of, self.place, self.ragged)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """The rows from before the parking: those that went on have changed, the others are what they were."""
+        parked = self.parked
+        assert parked is not None
+        rows = lookup(parked.row_of, self.columns())
+        self.visual, self.column, self.row_of = parked.visual, parked.column, parked.row_of
+        self.place, self.ragged, self.parked = parked.place, parked.ragged, None
+        self.shared.clear()
+        return put(parked.hidden, rows, hidden)
 
     def arange(self, count: int, start: int = 0) -> Int[Tensor, "B J"]:
         """`start .. start + count - 1` for each sample."""
@@ -100,6 +169,22 @@ class Forward:
 
 
 FORWARD: ContextVar[Forward | None] = ContextVar("vtc_forward", default=None)
+
+
+class Outer(NamedTuple):
+    """What only the running call of the outer model knows.
+
+    Args:
+        candidates: tokens that assisted decoding appended to the prompt.
+        encoded: what was decided about the features handed over; accelerate's hooks rebuild the objects that carry it.
+    """
+
+    candidates: int = 0
+    encoded: Mapping[str, Encoded | None] = MappingProxyType({})
+
+
+NO_OUTER = Outer()
+OUTER: ContextVar[Outer] = ContextVar("vtc_outer", default=NO_OUTER)
 
 
 def lookup(table: Int[Tensor, "B S"] | None, index: Int[Tensor, "B R"]) -> Int[Tensor, "B R"]:
@@ -115,6 +200,13 @@ def take(x: Tensor, index: Int[Tensor, "B R"], dim: int = 1) -> Tensor:
     if dim == -1:  # position ids: [B, S] or [axes, B, S]
         return x.expand(*x.shape[:-2], index.shape[0], -1).gather(-1, index.expand(*x.shape[:-2], -1, -1))
     return x.expand(index.shape[0], *x.shape[1:]).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def put(x: Tensor, index: Int[Tensor, "B R"], values: Tensor) -> Tensor:
+    """`x` with its rows `index` replaced by `values` (a new tensor); index -1 is padding."""
+    target = torch.where(index < 0, x.shape[1], index).to(x.device)  # padding lands in an extra row
+    padded = torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], dim=1)
+    return padded.scatter(1, target[..., None].expand(-1, -1, x.shape[2]), values)[:, :-1]
 
 
 def compact_columns(keep: Bool[Tensor, "B S"], counts: list[int]) -> Int[Tensor, "B R"]:

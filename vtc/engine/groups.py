@@ -24,6 +24,7 @@ class Groups:
         rows: which group of the host each one is (groups without a token that reaches the LLM are left out).
         index: int64 [G, M], place of each token in the host's group, -1 in padding; None: all, in order.
         image: the image of each group.
+        tiles: (height, width) of each image in tiles, or None; see `Packing`.
     """
 
     x: Float[Tensor, "G M D"]
@@ -32,6 +33,7 @@ class Groups:
     rows: list[int]
     index: Int[Tensor, "G M"] | None
     image: tuple[int, ...]
+    tiles: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
     def of(
@@ -57,11 +59,24 @@ class Groups:
             rows,
             index,
             image,
+            packing.tiles,
         )
 
+    def tile(self) -> Int[Tensor, "G 4"]:
+        """Image, number in it and its (height, width) in tiles for each group; an image of its own where not tiled."""
+        if self.tiles is None:
+            lines = [(g, 0, 0, 0) for g in range(len(self.rows))]
+        else:
+            first = {image: row for row, image in reversed(list(zip(self.rows, self.image, strict=True)))}
+            lines = [
+                (image, row - first[image], *self.tiles[image])
+                for row, image in zip(self.rows, self.image, strict=True)
+            ]
+        return torch.tensor(lines, device=self.x.device)
+
     def take(self, value: Tensor) -> Tensor:
-        """A signal [G', N] or [G', H, N, d] of the host's groups for the tokens of these."""
-        return value if self.index is None else gather_tokens(value[self.rows], self.index)
+        """A signal [G', N], [G', L, N] or [G', H, N, d] of the host's groups for the tokens of these."""
+        return value if self.index is None else gather_signal(value[self.rows], self.index)
 
     def place(self, anchor: Int[Tensor, "G K"]) -> Int[Tensor, "G K"]:
         """Places in the host's groups of the tokens `anchor`; -1 stays -1."""
@@ -137,13 +152,18 @@ class Groups:
         )
 
 
-def gather_tokens(value: Tensor, index: Int[Tensor, "G M"]) -> Tensor:
-    """Tokens `index` of [G, N], [G, N, D] or [G, H, N, d]; -1 reads token 0."""
+def gather_tokens(x: Float[Tensor, "G N D"], index: Int[Tensor, "G M"]) -> Float[Tensor, "G M D"]:
+    """Tokens `index` of features; -1 reads token 0."""
+    return x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
+
+
+def gather_signal(value: Tensor, index: Int[Tensor, "G M"]) -> Tensor:
+    """Tokens `index` of a signal [G, N], [G, L, N] or [G, H, N, d]; -1 reads token 0."""
     index = index.clamp(min=0)
     if value.dim() == 2:
         return value.gather(1, index)
     if value.dim() == 3:
-        return value.gather(1, index[..., None].expand(-1, -1, value.shape[2]))
+        return value.gather(2, index[:, None].expand(-1, value.shape[1], -1))
     return value.gather(2, index[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
 
 

@@ -8,11 +8,16 @@ from typing import Any
 from torch import nn
 
 from vtc.adapter import Adapter, adapter_for, unwrap
-from vtc.engine import door, encoder, layers
+from vtc.companion import ClipCompanion
+from vtc.engine import door, encoder, flash, layers
+from vtc.engine import unmerge as unmerging
+from vtc.engine.compiled import refuse_compiled
+from vtc.engine.evict import held_after_prefill
 from vtc.engine.forward import Forward
 from vtc.engine.plan import Plan, make_plan
-from vtc.errors import StateError, UnsupportedFeatureError, UnsupportedModelError
-from vtc.report import Report, lengths_by_layer, prefill_costs
+from vtc.engine.state import PATCHED_ENCODERS
+from vtc.errors import StateError, UnsupportedModelError
+from vtc.report import Report, cache_bytes, lengths_by_layer, prefill_flops
 from vtc.spec import format_spec, parse
 from vtc.stages import Method
 from vtc.tokens import Budget
@@ -27,7 +32,9 @@ def patch(
     budget: int | float | str | Budget | None = None,
     *,
     positions: str = "auto",
-    size_bias: bool = False,
+    size_bias: bool | None = None,
+    companion: ClipCompanion | None = None,
+    unmerge: bool | None = None,
 ) -> "Handle":
     """Compress the visual tokens of a stock model from now on.
 
@@ -37,7 +44,11 @@ def patch(
         budget: tokens (int), share kept (float) or a Budget, for methods that have none of their own.
         positions: "original" (position ids of the uncompressed prompt), "compact" (gaps of tokens dropped before the
             LLM are closed; tokens dropped inside it keep theirs), or "auto": what the first method's paper uses.
-        size_bias: add log(size) of merged tokens to their attention logits.
+        size_bias: add log(size) of merged tokens to their attention logits in the LLM, from the layer on where they
+            were merged. None: what the methods' papers do.
+        companion: CLIP's text tower and projections, for methods that read CLIP's joint space.
+        unmerge: virtual token unmerging: in attention, a merged token stands at the place of every token it was made
+            of; saves no KV cache. None: what the methods' papers do.
 
     Returns:
         A handle with `.report` and `.remove()`.
@@ -57,7 +68,7 @@ def patch(
             f"this model is already patched with {active.spec!r}. Call handle.remove() first, "
             "or use `with vtc.compress(model, ...)` to replace the patch for a block."
         )
-    handle = Handle(model, parse(spec, budget), positions, size_bias)
+    handle = Handle(model, parse(spec, budget), positions, size_bias, companion, unmerge)
     handle._install()
     return handle
 
@@ -69,12 +80,14 @@ def compress(
     budget: int | float | str | Budget | None = None,
     *,
     positions: str = "auto",
-    size_bias: bool = False,
+    size_bias: bool | None = None,
+    companion: ClipCompanion | None = None,
+    unmerge: bool | None = None,
 ) -> "Iterator[Handle]":
     """`patch` for the length of a `with` block; an outer patch of the same model is put back at its end."""
     _check_model(model)
     model = unwrap(model)
-    handle = Handle(model, parse(spec, budget), positions, size_bias)
+    handle = Handle(model, parse(spec, budget), positions, size_bias, companion, unmerge)
     outer = _ACTIVE.get(model)
     if outer is not None:
         outer._uninstall()
@@ -90,10 +103,18 @@ def compress(
 class Handle:
     """A patch on a model. Made by `patch` or `compress`."""
 
-    def __init__(self, model: nn.Module, methods: tuple[Method, ...], positions: str, size_bias: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: tuple[Method, ...],
+        positions: str,
+        size_bias: bool | None,
+        companion: ClipCompanion | None = None,
+        unmerge: bool | None = None,
+    ) -> None:
         _check_model(model)
         self._adapter: Adapter = adapter_for(model)
-        self._plan: Plan = make_plan(self._adapter, methods, positions, size_bias)
+        self._plan: Plan = make_plan(self._adapter, methods, positions, size_bias, companion, unmerge)
         self._model = weakref.ref(model)
         self._undo: list[Callable[[], None]] = []
         self._last: Callable[[], Report] | None = None
@@ -138,6 +159,9 @@ class Handle:
         try:
             encoder.attach(self._adapter, self._plan, self._undo)
             layers.attach(self._adapter, self._plan, self._undo)
+            flash.attach(self._adapter, self._undo)
+            if self._plan.unmerge:
+                unmerging.attach(self._adapter, self._undo)
             door.attach(self._adapter, self._plan, self._record, self._undo)
         except BaseException:
             self._uninstall()
@@ -153,11 +177,10 @@ class Handle:
 
     def _record(self, state: Forward) -> None:
         """Keep what a report needs; the figures are computed when somebody asks."""
-        visual = state.visual
-        assert visual is not None
+        visual, layout = state.visual, state.layout
+        assert visual is not None and layout is not None
         cuts, seconds, batch, length = dict(state.visual_lengths), list(state.seconds), state.batch, state.length
-        encoded = next(iter(state.encoded.values()))
-        layout = encoded.layout
+        awake = dict(state.awake)
 
         def report() -> Report:
             config = self._adapter.text_config
@@ -165,8 +188,10 @@ class Handle:
             per_layer = lengths_by_layer(cuts, len(self._adapter.layers))
             text = tuple(length - n for n in dense)
             size = next(self._adapter.language_model.parameters()).element_size()
-            full = prefill_costs(config, (tuple(dense),) * len(per_layer), text, size)
-            short = prefill_costs(config, per_layer, text, size)
+            everything = (tuple(dense),) * len(per_layer)
+            virtual = self._plan.unmerge  # attention and caches see every token at its place
+            kv_tokens = everything if virtual else held_after_prefill(self._plan, per_layer)
+            kept = cache_bytes(config, kv_tokens, text, size)
             spent: dict[str, float] = {}
             for site, watch in seconds:
                 spent[site] = spent.get(site, 0.0) + watch.seconds * 1e3
@@ -178,10 +203,12 @@ class Handle:
                 per_layer=per_layer,
                 text_tokens=text,
                 selection_ms=spent,
-                flops_dense=full[0],
-                flops=short[0],
-                kv_bytes_dense=full[1],
-                kv_bytes=short[1],
+                kv_tokens=kv_tokens,
+                flops_dense=prefill_flops(config, everything, text),
+                flops=prefill_flops(config, per_layer, text, awake, everything if virtual else None),
+                kv_bytes_dense=sum(cache_bytes(config, everything, text, size)),
+                kv_bytes=sum(kept),
+                kv_bytes_per_layer=kept,
                 notes=_notes(self._plan, visual.origin),
                 token_map=visual.token_map,
                 samples=visual.sample,
@@ -200,22 +227,29 @@ def _notes(plan: Plan, origin: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def handle_around(part: nn.Module) -> Handle | None:
+    """The active handle of the model that `part` belongs to."""
+    return next((handle for model, handle in _ACTIVE.items() if any(part is m for m in model.modules())), None)
+
+
 def _check_model(model: Any) -> None:
     """Refuse what cannot be patched, before anything changes.
 
     Raises:
         UnsupportedModelError: no module, or weights that are not there.
         UnsupportedFeatureError: a compiled model.
+        StateError: its encoder is patched by itself.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"patch needs a loaded model, not {type(model).__name__}. "
             "Load it with AutoModelForImageTextToText.from_pretrained(...)."
         )
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise UnsupportedFeatureError(
-            "this model is compiled: torch.compile would trace through the state of one forward. "
-            "Patch and use the uncompiled model."
+    refuse_compiled(model)
+    alone = next((PATCHED_ENCODERS[module] for module in model.modules() if module in PATCHED_ENCODERS), None)
+    if alone is not None:
+        raise StateError(
+            f"the encoder of this model is already patched by itself with {alone!r}. Call that handle's remove() first."
         )
     meta = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
     if meta is not None:

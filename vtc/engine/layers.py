@@ -1,7 +1,6 @@
 """Decoder layers: `layer[k]` stages, and the arguments that later layers need once something was dropped.
 
-A stage at layer k sees the hidden states that enter layer k. Its attention signals come from layer k-1 of the same
-forward: queries and keys are captured before RoPE, rotated here, and only the rows that are asked for are computed.
+A stage at layer k sees the hidden states that enter layer k; `vtc.engine.layer_signals` gives its signals.
 """
 
 import functools
@@ -9,65 +8,33 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine import masks
+from vtc.engine import freeze, layer_signals, masks, size_bias
 from vtc.engine.door import apply_step
-from vtc.engine.forward import FORWARD, Forward, lookup, take
-from vtc.engine.plan import Plan, Step
-from vtc.engine.rotary import rotate
+from vtc.engine.forward import FORWARD, Forward, LayerState, lookup, take
+from vtc.engine.memory import Held
+from vtc.engine.plan import Plan, Step, check_biased
 from vtc.engine.state import stopwatch
-from vtc.engine.visual import Visual
-from vtc.errors import UnsupportedFeatureError
-from vtc.kernels import attention_rows, received_attention
-from vtc.stages import Signal
+from vtc.errors import SpecError
 
 Undo = Callable[[], None]
-ATTENTION_SIGNALS = ("query_attention", "keys", "text_keys")
 
 
 def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
     """Hook the decoder layers that a stage acts on or after; what takes the hooks off again goes to `undo`."""
-    if not plan.layers:
+    if not plan.layers and not plan.size_bias:
         return
-    for index in range(plan.layers[0], len(adapter.layers)):
+    evicted = [int(step.stage.evict) for step in plan.steps if step.stage.evict is not None]
+    first = 0 if plan.size_bias else min((plan.layers[0], *evicted))
+    for index in range(first, len(adapter.layers)):
         hook = functools.partial(_enter_layer, adapter, plan, index)
         undo.append(adapter.layers[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
+    for index in plan.frozen:
+        undo.append(adapter.layers[index].register_forward_hook(functools.partial(freeze.leave, index)).remove)
     # after the hooks above, so that what is captured is already cut
-    sources = {
-        _source(index, signal)
-        for index in plan.layers
-        for signal in plan.signals("layer", index)
-        if signal.name in ATTENTION_SIGNALS
-    }
-    for index in sorted(sources):
-        attention = adapter.layer_attention(index)
-        undo += [
-            attention.query.register_forward_hook(functools.partial(_capture, index, "query")).remove,
-            attention.key.register_forward_hook(functools.partial(_capture, index, "key")).remove,
-            adapter.layers[index]
-            .register_forward_pre_hook(functools.partial(_capture_rotation, index), with_kwargs=True)
-            .remove,
-        ]
-
-
-def _source(index: int, signal: Signal) -> int:
-    """The layer whose attention a signal of a stage at layer `index` describes."""
-    return index - 1 + signal.layer
-
-
-def _capture(index: int, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-    state = FORWARD.get()
-    if state is not None and state.visual is not None:
-        state.captured[index, name] = output
-
-
-def _capture_rotation(index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    state = FORWARD.get()
-    if state is not None and state.visual is not None:
-        state.captured[index, "cos"], state.captured[index, "sin"] = kwargs["position_embeddings"]
+    layer_signals.attach(adapter, plan, undo)
 
 
 def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -76,137 +43,133 @@ def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, ar
     if state is None or (state.visual is None and state.memory is None):
         return None
     hidden = args[0]
+    if state.parked is not None and state.parked.until == index:
+        hidden = state.restore(hidden)
+        _note_lengths(state, index)
     steps = plan.at("layer", index) if state.visual is not None else ()
-    if steps:
-        row_of = state.row_of
-        for step in steps:
-            hidden = _run(adapter, step, index, state, hidden)
-        assert state.visual is not None
-        if state.visual.per_sample(state.batch) != _current(state):
+    for step in steps:
+        if step.stage.leave != "freeze":
+            own = functools.partial(_own_arguments, adapter, plan, state, index, hidden, kwargs)
+            hidden = _run(adapter, step, index, state, hidden, own)
+    cut = {**kwargs, **_arguments(adapter, plan, state, index, hidden, kwargs)}
+    state.layer_state[index] = _layer_state(plan, state, index)
+    for step in steps:
+        if step.stage.leave == "freeze":
+            hidden, cut = freeze.enter(adapter, step, index, state, hidden, cut)
+    return (hidden, *args[1:]), cut
+
+
+def _own_arguments(
+    adapter: Adapter, plan: Plan, state: Forward, index: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """What layer `index` would get if no stage acted before it."""
+    return {**kwargs, **_arguments(adapter, plan, state, index, hidden, kwargs)}
+
+
+def _run(
+    adapter: Adapter, step: Step, index: int, state: Forward, hidden: Tensor, own: layer_signals.Arguments
+) -> Tensor:
+    before = state.visual
+    assert before is not None
+    if not any(before.lengths):
+        return hidden  # an earlier stage dropped everything
+    with stopwatch(hidden.device) as watch:
+        visual = before.pooled() if step.stage.pool == "sample" else before
+        signals = layer_signals.collect(adapter, step, index, state, visual, hidden, own)
+        tokens = visual.tokens(hidden, step.budget, signals, state.row_of, step.stage.schedule)
+        parks = step.stage.leave == "park"
+        rows, row_of, current = hidden, state.row_of, before.per_sample(state.batch)
+        state.visual, hidden = apply_step(step, visual, tokens, state, hidden)
+        state.shared.clear()  # sizes may have changed, also where the number has not
+        if parks and hidden is not rows:
+            raise SpecError(f"{step} merges tokens, but parked ones come back as they were. Use leave='drop'.")
+        if state.visual.per_sample(state.batch) != current:
+            if parks:
+                assert step.stage.until is not None
+                state.park(hidden, before, int(step.stage.until))
             state.shorten()
             hidden = take(hidden, lookup(row_of, state.columns()))
             state.place = lookup(state.door_row_of, state.columns())
-        state.visual_lengths[index] = state.visual.per_sample(state.batch)
-    state.layer_state[index] = (state.column, state.place, state.ragged)
-    return (hidden, *args[1:]), {**kwargs, **_arguments(adapter, state, index, hidden, kwargs)}
-
-
-def _current(state: Forward) -> list[int]:
-    """Visual tokens per sample before the stages of this layer."""
-    return state.visual_lengths[max(state.visual_lengths)]
-
-
-def _run(adapter: Adapter, step: Step, index: int, state: Forward, hidden: Tensor) -> Tensor:
-    assert state.visual is not None
-    with stopwatch(hidden.device) as watch:
-        visual = state.visual.pooled() if step.stage.pool == "sample" else state.visual
-        signals = _signals(adapter, step, index, state, visual, hidden)
-        tokens = visual.tokens(hidden, step.budget, signals, state.row_of)
-        state.visual, hidden = apply_step(step, visual, tokens, state, hidden)
     state.seconds.append((str(step.stage.site), watch))
+    _note_lengths(state, index)
     return hidden
 
 
-def _arguments(adapter: Adapter, state: Forward, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _note_lengths(state: Forward, index: int) -> None:
+    assert state.visual is not None
+    state.visual_lengths[index] = state.visual.per_sample(state.batch)
+
+
+def _arguments(
+    adapter: Adapter, plan: Plan, state: Forward, index: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments of layer `index`, cut to the rows and entries that it has; empty where nothing changes."""
     before = state.memory.layers[index] if state.memory is not None else None
-    if state.place is None and (before is None or before.place is None):
+    is_whole = state.place is None and (before is None or (before.place is None and before.shift is None))
+    if is_whole and not plan.size_bias:
         return {}
     # layers of different kinds (sliding window, local RoPE) get different masks and rotations
     key = id(before), id(kwargs.get("attention_mask")), id(kwargs["position_embeddings"])
     if key in state.shared:
         return state.shared[key]
+    bias = size_bias.of_layer(state, index, _layer_state(plan, state, index))
+    if is_whole and bias is None:
+        return state.shared.setdefault(key, {})
     cut: dict[str, Any] = {}
     place = state.place
     if place is not None:
         cut["position_embeddings"] = tuple(take(part, place) for part in kwargs["position_embeddings"])
         if kwargs.get("position_ids") is not None:
             cut["position_ids"] = take(kwargs["position_ids"], place, dim=-1)
+    if plan.positions == "renumber":
+        positions = _renumbered(state, before)
+        cut["position_embeddings"] = adapter.rotation(hidden, positions)
+        if kwargs.get("position_ids") is not None:
+            cut["position_ids"] = positions
     held = state.memory.place(index, state.dense) if state.memory is not None else None
     held = state.arange(state.held) if held is None else held
     new = state.arange(state.rows) if place is None else place
     columns = torch.cat([held, torch.where(new < 0, -1, new + state.held)], dim=1)
-    mask = kwargs.get("attention_mask")
+    mask, implementation = kwargs.get("attention_mask"), adapter.text_config._attn_implementation
     if mask is not None:
         cut["attention_mask"] = masks.cut(mask, place, columns)
-    elif state.ragged or (before is not None and before.ragged):
-        implementation = adapter.text_config._attn_implementation
+    elif bias is not None or state.ragged or (before is not None and before.ragged):
         cut["attention_mask"] = masks.causal(columns >= 0, state.rows, hidden.dtype, implementation)
+    if bias is not None:
+        check_biased(implementation)
+        cut["attention_mask"] = size_bias.added(cut["attention_mask"], bias, hidden.dtype)
     state.shared[key] = cut
     return cut
 
 
-def _signals(
-    adapter: Adapter, step: Step, index: int, state: Forward, visual: Visual, hidden: Tensor
-) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    rows, sample = visual.rows(state.row_of), visual.sample_index
-    names = {signal.name for signal in step.stage.signals}
-    if "position" in names:
-        found["position"] = torch.where(visual.column < 0, -1, visual.column + state.past)
-    if "normed_states" in names:
-        found["normed_states"] = adapter.final_norm(visual.gather(hidden, state.row_of))
-    text: Tensor | None = None
-    if any(name.startswith("text_") for name in names):
-        text, is_text = _text_rows(state, visual)
-        found["text_mask"] = is_text[sample]
-        found["text_after"] = text[sample] > rows.max(dim=1, keepdim=True).values
-        found["text_position"] = lookup(state.columns(), text)[sample] + state.past
-        if "text_states" in names:
-            found["text_states"] = adapter.final_norm(take(hidden, text))[sample]
-    for signal in step.stage.signals:
-        if signal.name not in ATTENTION_SIGNALS:
-            continue
-        source = _source(index, signal)
-        if signal.name == "query_attention":
-            attention = _query_attention(adapter, state, source, signal.rows)
-            found["query_attention"] = attention[sample[:, None], rows.clamp(min=0)]
-        else:
-            keys = _rotated(adapter, state, source, "key")
-            wanted = rows.clamp(min=0) if signal.name == "keys" else text[sample]  # type: ignore[index]
-            wanted = wanted[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-            found[signal.name] = keys[sample].gather(2, wanted)
-    return found
+def _renumbered(state: Forward, before: Held | None) -> Tensor:
+    """Positions of the current rows, counted without the tokens that are gone by now."""
+    assert state.positions is not None
+    positions = state.positions
+    if state.place is not None:
+        gone = lookup(state.door_rank, state.place.clamp(min=0)) - _rank(state)
+        positions = take(positions, state.place, dim=-1) - gone
+    return positions if before is None or before.shift is None else positions - before.shift[:, None]
 
 
-def _text_rows(state: Forward, visual: Visual) -> tuple[Tensor, Tensor]:
-    """Rows of the text tokens, in order, and which of them are valid; the width holds the longest text."""
-    assert state.is_visual is not None
-    column = state.columns()
-    is_text = state.valid_rows() & ~state.is_visual.gather(1, column.clamp(min=0))
-    width = state.length - min(visual.per_sample(state.batch, [sum(images) for images in visual.origin]))
-    order = (~is_text).long().argsort(dim=1, stable=True)[:, :width]
-    return order, is_text.gather(1, order)
+def _rank(state: Forward) -> Tensor:
+    """How many tokens stand before each current row."""
+    valid = state.valid_rows().long()
+    return valid.cumsum(1) - valid
 
 
-def _rotated(adapter: Adapter, state: Forward, source: int, name: str) -> Tensor:
-    attention = adapter.layer_attention(source)
-    split = attention.split_queries if name == "query" else attention.split_keys
-    return rotate(split(state.captured[source, name]), state.captured[source, "cos"], state.captured[source, "sin"])
+def _layer_state(plan: Plan, state: Forward, index: int) -> LayerState:
+    """What layer `index` sees of the new tokens if it runs now."""
+    return LayerState(state.column, state.place, state.ragged, _shift(plan, state, index), state.visual)
 
 
-def _query_attention(adapter: Adapter, state: Forward, source: int, rows: str) -> Float[Tensor, "B R"]:
-    """What the query rows give each current row at layer `source`, mean over heads (and rows)."""
-    scale = adapter.layer_attention(source).scale
-    queries, keys = _rotated(adapter, state, source, "query"), _rotated(adapter, state, source, "key")
-    valid = state.valid_rows()
-    if rows == "mean":
-        if state.held:
-            raise UnsupportedFeatureError(
-                "query rows 'mean' need every query of the prompt, but part of it is in the cache. "
-                "Use query='last', or start without a cache."
-            )
-        segments = torch.where(valid, 0, -1)
-        return received_attention(queries, keys, segments=segments, causal=True, scale=scale)
-    if state.held:
-        keys = state.cache.layers[source].keys
-        column = state.memory.column(source, state.dense) if state.memory is not None else state.arange(state.past)
-        past = column >= 0
-        if state.past_valid is not None:
-            past = past & state.past_valid.gather(1, column.clamp(min=0))
-        valid = torch.cat([past, valid], dim=1)
-    here = valid[:, -queries.shape[2] :]
-    last = (here * torch.arange(1, here.shape[1] + 1, device=here.device)).argmax(dim=1)
-    row = queries.gather(2, last[:, None, None, None].expand(-1, queries.shape[1], 1, queries.shape[3]))
-    attention = attention_rows(row, keys, mask=valid, scale=scale)
-    return attention[:, 0, -queries.shape[2] :]
+def _shift(plan: Plan, state: Forward, index: int) -> Tensor | None:
+    """How far layer `index` moves the positions of tokens that come later, beyond what the door moves them."""
+    if plan.positions != "renumber":
+        return None
+    before = state.memory.layers[index].shift if state.memory is not None else None
+    if state.place is None:
+        return before
+    assert state.door_valid is not None
+    gone = state.door_valid - state.valid_rows().sum(1)
+    return gone if before is None else gone + before

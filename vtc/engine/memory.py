@@ -5,11 +5,11 @@ on unchanged. Masks are sized by what each layer really holds.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vtc.engine.plan import Plan
@@ -23,13 +23,17 @@ class Held:
 
     Args:
         column: int64 [B, K] logical column of each entry; -1 where the entry is padding.
-        place: int64 [B, K] place of each entry among those of layer 0; None: the same entries.
+        place: int64 [B, K] place of each entry among those of the reference layer; None: the same entries.
         ragged: whether there is padding that no mask of the host knows.
+        shift: int64 [B], how far this layer moves positions beyond `Memory.shift`; None: not at all.
+        bias: float32 [B, K], log(size) of each entry (`size_bias`); None: 0 for all.
     """
 
     column: Int[Tensor, "B K"]
     place: Int[Tensor, "B K"] | None
     ragged: bool
+    shift: Int[Tensor, " B"] | None = None
+    bias: Float[Tensor, "B K"] | None = None
 
 
 @dataclass(eq=False)
@@ -41,28 +45,36 @@ class Memory:
         length: logical columns that the compressed part covers.
         layers: what each layer holds of it.
         shift: int64 [B], how far positions were moved together (`positions="compact"`).
-        bias: [B, K] additive key bias of the entries of layer 0 (`size_bias`), or None.
     """
 
     plan: Plan
     length: int
     layers: tuple[Held, ...]
     shift: Int[Tensor, " B"] | None
-    bias: Tensor | None
+
+    @property
+    def reference(self) -> Held:
+        """The entries that masks of the host are sized by."""
+        return self.layers[self.plan.reference]
 
     @property
     def entries(self) -> int:
-        """Compressed entries of layer 0."""
-        return self.layers[0].column.shape[1]
+        """Compressed entries of the reference layer."""
+        return self.reference.column.shape[1]
 
     def column(self, layer: int, dense: int) -> Int[Tensor, "B K"]:
         """Logical column of every entry of `layer`, `dense` appended ones included."""
         return _extend(self.layers[layer].column, self.length, dense)
 
     def place(self, layer: int, dense: int) -> Int[Tensor, "B K"] | None:
-        """Place of every entry of `layer` among those of layer 0; None where they are the same."""
+        """Place of every entry of `layer` among those of the reference layer; None where they are the same."""
         place = self.layers[layer].place
         return None if place is None else _extend(place, self.entries, dense)
+
+    def bias(self, layer: int, dense: int) -> Float[Tensor, "B K"] | None:
+        """log(size) of every entry of `layer`; None: 0 for all."""
+        bias = self.layers[layer].bias
+        return None if bias is None else torch.nn.functional.pad(bias, (0, dense))
 
 
 def memory_of(cache: Any, plan: Plan, batch: int) -> Memory | None:
@@ -79,7 +91,7 @@ def memory_of(cache: Any, plan: Plan, batch: int) -> Memory | None:
             "this KV cache was compressed under another patch. Continue under the patch that made it, "
             "or start with a new cache."
         )
-    made_for = memory.layers[0].column.shape[0]
+    made_for = memory.reference.column.shape[0]
     if made_for != batch:
         raise StateError(
             f"this compressed KV cache was made for {made_for} prompts and is used for {batch}. "
@@ -93,9 +105,10 @@ def remember(cache: Any, memory: Memory) -> None:
     setattr(cache, ATTRIBUTE, memory)
     # instance attributes, not a class: they go with the cache, survive copies, and nothing global changes
     cache.get_seq_length = functools.partial(_logical_length, cache)
-    cache.get_query_offset = functools.partial(held_length, cache)
-    # one width for every mask, that of layer 0, whichever layer the host sizes it by
+    cache.get_query_offset = functools.partial(_reference_length, cache)
+    # one width for every mask, that of the reference layer, whichever layer the host sizes it by
     cache.get_mask_sizes = functools.partial(_mask_sizes, cache)
+    cache.crop = functools.partial(_crop, cache)
 
 
 def check_cache(cache: Any) -> None:
@@ -116,14 +129,53 @@ def held_length(cache: Any, layer_idx: int = 0) -> int:
     return int(cache.layers[layer_idx].get_seq_length()) if layer_idx < len(cache.layers) else 0
 
 
+def _reference_length(cache: Any, layer_idx: int = 0) -> int:
+    return held_length(cache, getattr(cache, ATTRIBUTE).plan.reference)
+
+
 def _mask_sizes(cache: Any, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-    return held_length(cache) + query_length, 0
+    return _reference_length(cache) + query_length, 0
 
 
 def _logical_length(cache: Any, layer_idx: int = 0) -> int:
     memory: Memory = getattr(cache, ATTRIBUTE)
     held = held_length(cache, layer_idx)
     return held and held - memory.layers[layer_idx].column.shape[1] + memory.length
+
+
+def _crop(cache: Any, length: int | Tensor) -> None:
+    """`cache.crop`, by logical columns: `-n` takes off the last n; n > 0 (older hosts) leaves the first n.
+
+    Assisted decoding verifies its candidates together with the prompt, so what is cropped may be part of the memory.
+
+    Raises:
+        StateError: some of these columns were dropped, so layers would lose different tokens.
+    """
+    memory: Memory = getattr(cache, ATTRIBUTE)
+    whole, length = _logical_length(cache), int(length)  # some hosts count on the device
+    left = max(0, whole + length if length <= 0 else length)
+    surplus = memory.length - left
+    if surplus > 0:
+        for held in memory.layers:
+            last = held.column[:, -surplus:]
+            if last.shape[1] < surplus or bool((last != torch.arange(left, memory.length, device=last.device)).any()):
+                raise StateError(
+                    f"the KV cache cannot be cropped to {left} tokens: visual tokens behind that place were dropped, "
+                    "and layers hold different ones of them. Prefill again, or crop only what follows the last image."
+                )
+        setattr(cache, ATTRIBUTE, _cropped(memory, surplus))
+    type(cache).crop(cache, min(0, left - whole))
+
+
+def _cropped(memory: Memory, surplus: int) -> Memory:
+    """`memory` without the last `surplus` columns, which every layer holds."""
+    made: dict[int, Held] = {}
+    for held in memory.layers:
+        if id(held) not in made:
+            place, bias = (None if part is None else part[:, :-surplus] for part in (held.place, held.bias))
+            made[id(held)] = replace(held, column=held.column[:, :-surplus], place=place, bias=bias)
+    layers = tuple(made[id(held)] for held in memory.layers)
+    return replace(memory, length=memory.length - surplus, layers=layers)
 
 
 def _extend(column: Int[Tensor, "B K"], start: int, count: int) -> Int[Tensor, "B J"]:

@@ -2,6 +2,7 @@
 
 import math
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.adapter import Encoder
 from vtc.engine.plan import Plan, Step
@@ -33,6 +34,8 @@ class Encoded:
     layout: Layout
     token_map: TokenMap | None
     seconds: float
+    tower_seconds: tuple[tuple[str, Any], ...] = ()  # (site, watch) of each decision inside the tower
+    carried: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (signal, layer) -> [images, slots, ...]
 
 
 @dataclass
@@ -42,13 +45,20 @@ class EncodeState:
     encoder: Encoder
     arguments: dict[str, Any] = field(default_factory=dict)
     captured: dict[str, Tensor] = field(default_factory=dict)
-    block: dict[str, Any] = field(default_factory=dict)  # arguments of the block that gives the signals
+    blocks: dict[int, dict[str, Any]] = field(default_factory=dict)  # arguments of the tower blocks that give signals
+    features: Tensor | None = None  # what entered the projector, uncompressed
+    grid: tuple[int, int] | None = None  # the grid that the tower runs on instead of its own, in tokens
+    decided: TokenMap | None = None  # what the `pixels` stage decided
+    passage: Any = None  # the `tower.Passage` of this call, where stages act inside the tower
     token_map: TokenMap | None = None  # of the images' slots in the LLM
     place: Tensor | None = None  # [G, K] place of each feature that stays in the group that the projector got
     rows: list[int] = field(default_factory=list)  # those groups
     shape: torch.Size | None = None  # of what entered the projector
     seconds: float = 0.0
 
+
+#: the spec of each encoder that is patched by itself (`vtc.engine.standalone`), by its tower
+PATCHED_ENCODERS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
 ENCODE: ContextVar[EncodeState | None] = ContextVar("vtc_encode", default=None)
 
@@ -60,7 +70,10 @@ def run_step(step: Step, tokens: Tokens) -> TokenMap:
         InputError: NaN or infinite features or signals.
         VTCError: whatever the stage raises on purpose, with the step named.
     """
+    if not all(tokens.lengths):  # an earlier stage dropped whole groups; the others are decided alone
+        return _without_empty(step, tokens)
     covers_all = all(k >= n for k, n in zip(tokens.budget, tokens.lengths, strict=True))
+    covers_all = covers_all and step.stage.leave != "freeze"  # freezing has no budget: nothing leaves
     if covers_all and "adaptive" not in step.method.tags:  # to an adaptive method, all is a ceiling
         identity = TokenMap.identity(tokens.lengths, tokens.x.device)
         if not tokens.num_prefix:
@@ -75,6 +88,35 @@ def run_step(step: Step, tokens: Tokens) -> TokenMap:
     except Exception as error:
         error.add_note(f"in {step}: tokens {tuple(tokens.x.shape)}, lengths {tokens.lengths}, budget {tokens.budget}")
         raise
+
+
+def _without_empty(step: Step, tokens: Tokens) -> TokenMap:
+    """The map of groups of which some are empty."""
+    alive = [g for g, n in enumerate(tokens.lengths) if n]
+    lengths = [0] * len(tokens.lengths)
+    if not alive:
+        return TokenMap.identity(lengths, tokens.x.device)
+    part = run_step(step, tokens.groups(alive))
+    for g, n in zip(alive, part.lengths, strict=True):
+        lengths[g] = n
+    rows = torch.tensor(alive, device=tokens.x.device)
+
+    def spread(values: Tensor | None, fill: int) -> Tensor | None:
+        if values is None:
+            return None
+        return values.new_full((len(lengths), values.shape[1]), fill).index_copy(0, rows, values)
+
+    anchor = spread(part.anchor, -1)
+    assert anchor is not None
+    return TokenMap(
+        anchor,
+        tuple(lengths),
+        tokens.x.shape[1],
+        spread(part.source, 0),
+        spread(part.slot, -1),
+        spread(part.weight, 0),
+        spread(part.mass, 0),
+    )
 
 
 def check_finite(step: Step, tokens: Tokens) -> None:

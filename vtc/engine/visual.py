@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vtc.errors import InputError
+from vtc.stages import Schedule
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout, Tokens
 
@@ -34,7 +35,12 @@ class Visual:
 
     @classmethod
     def locate(
-        cls, is_visual: Bool[Tensor, "B S"], lengths: Sequence[int], layout: Layout, counts: Sequence[int]
+        cls,
+        is_visual: Bool[Tensor, "B S"],
+        lengths: Sequence[int],
+        layout: Layout,
+        counts: Sequence[int],
+        modality: str = "image",
     ) -> "tuple[Visual, list[int]]":
         """Match images of `lengths` tokens, in order, with the placeholders of each prompt (`counts` per row).
 
@@ -46,7 +52,7 @@ class Visual:
         """
         total, given = sum(counts), sum(lengths)
         if given == 0 or total % given:
-            raise _mismatch(total, given, len(lengths))
+            raise _mismatch(total, given, len(lengths), modality)
         repeats = total // given
         chosen: list[int] = []
         sample: list[int] = []
@@ -56,13 +62,13 @@ class Visual:
             first, filled = image, 0
             while filled < counts[row]:
                 if image == len(lengths):
-                    raise _mismatch(total, given, len(lengths))
+                    raise _mismatch(total, given, len(lengths), modality)
                 filled += lengths[image]
                 image += 1
             if filled != counts[row] or any(counts[r] != filled for r in range(row, min(row + repeats, len(counts)))):
                 raise InputError(
-                    f"prompt {row} has {counts[row]} image placeholders, but its images give {filled} tokens. "
-                    "Let the processor make the prompt, one image token per image, in the order of the images."
+                    f"prompt {row} has {counts[row]} {modality} placeholders, but its {modality}s give {filled} "
+                    f"tokens. Let the processor make the prompt, one {modality} token per {modality}, in their order."
                 )
             for r in range(row, row + repeats):
                 start = 0
@@ -88,6 +94,32 @@ class Visual:
             TokenMap.identity(picked, device),
         )
         return visual, chosen
+
+    @classmethod
+    def join(cls, parts: Sequence["Visual"], order: Sequence[int]) -> "Visual":
+        """The groups of all `parts` as one; `order` are their numbers, counted over the parts, in prompt order."""
+        device = parts[0].column.device
+        members = [(part, g) for part in parts for g in range(len(part.sample))]
+        members = [members[i] for i in order]
+        where = torch.tensor(list(order), device=device)
+        lengths = tuple(part.lengths[g] for part, g in members)
+        inputs = max(sum(part.origin[g]) for part, g in members)
+        maps = [_concatenate(part.token_map, [g], [sum(part.origin[g])], inputs) for part, g in members]
+
+        def joined(columns: list[Tensor]) -> Tensor:
+            return _pad(columns, -1)[where]
+
+        row, col, segment = (
+            joined([getattr(part.layout, name) for part in parts]) for name in ("row", "col", "segment")
+        )
+        return cls(
+            joined([part.column for part in parts]),
+            lengths,
+            tuple(part.sample[g] for part, g in members),
+            tuple(part.origin[g] for part, g in members),
+            Layout(row, col, segment, tuple(part.layout.grids[g] for part, g in members)),
+            _stack(maps, lengths, inputs),
+        )
 
     def follow(self, token_map: TokenMap) -> "Visual":
         """What is left after `token_map`."""
@@ -143,9 +175,10 @@ class Visual:
         budget: Budget,
         signals: Mapping[str, Tensor],
         row_of: Int[Tensor, "B S"] | None = None,
+        schedule: Schedule | None = None,
     ) -> Tokens:
         """What a stage sees of `x`."""
-        wanted = budgets(budget, self.origin, self.lengths, self.layout, self.sample)
+        wanted = budgets(budget, self.origin, self.lengths, self.layout, self.sample, schedule)
         return Tokens(self.gather(x, row_of), self.lengths, self.layout, signals, budget=wanted)
 
     def gather(self, x: Float[Tensor, "B R D"], row_of: Int[Tensor, "B S"] | None = None) -> Float[Tensor, "G N D"]:
@@ -196,6 +229,7 @@ def budgets(
     lengths: Sequence[int],
     layout: Layout | None,
     sample: Sequence[int] | None = None,
+    schedule: Schedule | None = None,
 ) -> tuple[int, ...]:
     """Tokens that stay in each group: counted on its uncompressed images, never more than it still has.
 
@@ -215,13 +249,16 @@ def budgets(
         wanted = [budget.tokens * n for n in segments]
     else:
         wanted = [sum(budget.resolve(images)) for images in origin]
-    return tuple(max(1, min(want, have)) for want, have in zip(wanted, lengths, strict=True))
+    wanted = [max(1, want) for want in wanted]
+    if schedule is not None:  # which may end at nothing
+        wanted = [max(0, schedule(sum(images), want)) for images, want in zip(origin, wanted, strict=True)]
+    return tuple(min(want, have) for want, have in zip(wanted, lengths, strict=True))
 
 
-def _mismatch(placeholders: int, features: int, images: int) -> InputError:
+def _mismatch(placeholders: int, features: int, images: int, modality: str) -> InputError:
     return InputError(
-        f"the prompts hold {placeholders} image placeholders, the {images} images give {features} tokens. "
-        "Let the processor make the prompt, with one image token for each image."
+        f"the prompts hold {placeholders} {modality} placeholders, the {images} {modality}s give {features} tokens. "
+        f"Let the processor make the prompt, with one {modality} token for each {modality}."
     )
 
 
@@ -243,32 +280,35 @@ def _concatenate(maps: TokenMap, group: Sequence[int], inputs: Sequence[int], nu
         one = maps.groups([g])
         n = one.lengths[0]
         anchor = one.anchor[:, :n]
-        if one.source is None or one.slot is None or one.weight is None:
-            index = torch.arange(n, device=anchor.device)[None]
-            edges = anchor, index, torch.ones_like(index).float(), torch.ones_like(index).float()
-        else:
-            edges = one.source, one.slot, one.weight, one.masses()
-        source, place, weight, mass = edges
+        source, place, weight, mass = _edges(one)
         parts.append((anchor + token, source + token, torch.where(place < 0, -1, place + slot), weight, mass))
         token, slot = token + n_in, slot + n
     anchor, *rest = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
     return TokenMap(anchor, (slot,), num_tokens, *(() if maps.is_selection else rest))
 
 
-def _stack(maps: list[TokenMap], lengths: tuple[int, ...], num_tokens: int) -> TokenMap:
-    def pad(parts: list[Tensor], value: int) -> Tensor:
-        width = max(part.shape[1] for part in parts)
-        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+def _edges(one: TokenMap) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Source, slot, weight and mass of each edge of a map of one group; a selection copies its anchors."""
+    if one.source is not None and one.slot is not None and one.weight is not None:
+        return one.source, one.slot, one.weight, one.masses()
+    anchor = one.anchor[:, : one.lengths[0]]
+    index = torch.arange(anchor.shape[1], device=anchor.device)[None]
+    ones = torch.ones_like(index).float()
+    return anchor, index, ones, ones
 
-    anchor = pad([m.anchor for m in maps], -1)
+
+def _pad(parts: Sequence[Tensor], value: int) -> Tensor:
+    """All rows of `parts` below each other, filled up to the widest."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+
+
+def _stack(maps: list[TokenMap], lengths: tuple[int, ...], num_tokens: int) -> TokenMap:
+    """Maps of one group each as a batch."""
+    anchor = _pad([m.anchor for m in maps], -1)
     if all(m.is_selection for m in maps):
         return TokenMap(anchor, lengths, num_tokens)
+    edges = zip(*(_edges(m) for m in maps), strict=True)
     return TokenMap(
-        anchor,
-        lengths,
-        num_tokens,
-        pad([m.source for m in maps], 0),  # type: ignore[misc]
-        pad([m.slot for m in maps], -1),  # type: ignore[misc]
-        pad([m.weight for m in maps], 0),  # type: ignore[misc]
-        pad([m.mass for m in maps], 0),  # type: ignore[misc]
+        anchor, lengths, num_tokens, *(_pad(part, fill) for part, fill in zip(edges, (0, -1, 0, 0), strict=True))
     )

@@ -53,6 +53,25 @@ def self_preserving_merge(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links
     return _joined(tokens, keep, links, own=scale, given=links.weight * _at(scale, links.slot))
 
 
+def size_weighted_merge(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links | None) -> TokenMap:
+    """A staying token becomes the mean of itself and its members, each weighted by its size (signal "sizes")."""
+    if links is None:
+        return drop(tokens, keep, links)
+    size = tokens.signal("sizes").float()
+    own = size.gather(1, keep.clamp(min=0)).masked_fill(keep < 0, 0)
+    given = size.gather(1, links.source) * links.weight
+    total = own + _received(given, links.slot, keep.shape[1])
+    scale = 1.0 / total.masked_fill(keep < 0, 1)
+    return _joined(tokens, keep, links, own=own * scale, given=given * _at(scale, links.slot))
+
+
+def sum_merge(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links | None) -> TokenMap:
+    """x_j <- x_j + sum_i alpha_ij x_i, alpha the weights of the links (FiCoCo-L's published code)."""
+    if links is None:
+        return drop(tokens, keep, links)
+    return _joined(tokens, keep, links, own=torch.ones_like(keep).float(), given=links.weight)
+
+
 def add_mean(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links | None) -> TokenMap:
     """x_j <- x_j + mean of its members (VisionZip's published code); without members x_j stays."""
     if links is None:

@@ -5,10 +5,11 @@
 """
 
 from vtc.testing.conformance import check_method
-from vtc.testing.oracle import masked_logits, relative_difference, visible_columns
+from vtc.testing.oracle import GivenStages, masked_logits, relative_difference, visible_columns
 from vtc.testing.tiny import TinyModel, families, tiny
 
 __all__ = [
+    "GivenStages",
     "TinyModel",
     "check_method",
     "families",

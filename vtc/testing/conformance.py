@@ -10,7 +10,7 @@ their declared shapes, so a new signal needs no code here.
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,33 +18,45 @@ from torch import Tensor
 from vtc.registry import from_dict
 from vtc.spec import format_spec, parse
 from vtc.stages import SIGNALS, Method, Stage
+from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout, Tokens
 
 Check = Callable[[Method, Stage], None]
 
 #: sizes of the axes that signals name beside the batch B and the tokens N
-AXES = {"D": 48, "H": 2, "G": 2, "L": 4, "T": 6, "M": 2, "E": 10, "d": 8, "4": 4}
+AXES = {"D": 48, "H": 2, "G": 2, "L": 4, "T": 6, "M": 2, "E": 10, "S": 12, "V": 9, "d": 8, "4": 4}
+#: signals that cover the prefix too
+WITH_PREFIX = ("keys", "queries", "sizes")
 RAGGED = (30, 9, 24)
 BUDGETS: tuple[int | float, ...] = (1, 6, 0.3, 0.9)
 
 
 def draw_tokens(
-    stage: Stage, lengths: Sequence[int], budget: int | float, seed: int = 0, dtype: torch.dtype = torch.float32
+    stage: Stage,
+    lengths: Sequence[int],
+    budget: int | float | Budget,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    axes: Mapping[str, int] = AXES,
 ) -> Tokens:
-    """Random tokens of ragged groups with what `stage` reads, and garbage in the padding."""
+    """Random tokens of ragged groups with what `stage` reads, and garbage in the padding; `axes` as in `AXES`."""
     generator = torch.Generator().manual_seed(seed)
     names = {signal.name for signal in stage.signals}
-    prefix = int("cls_hidden" in names)
+    prefix = int("cls_hidden" in names or stage.site.name == "tower")
     names -= {"cls_hidden"}
     if any(name.startswith("text_") or name.endswith("_to_text") for name in names):
         names |= {"text_mask"}
+    if "visual_embeds" in names:
+        names |= {"visual_mask"}
     width = max(lengths)
-    signals = {name: _draw(name, len(lengths), width, prefix, generator, dtype) for name in sorted(names)}
+    signals = {name: _draw(name, len(lengths), width, prefix, generator, dtype, axes) for name in sorted(names)}
     index = torch.arange(width).expand(len(lengths), -1)
     row = index.masked_fill(index >= torch.tensor(lengths)[:, None], -1)
     layout = Layout(row.clamp(max=0), row, row.clamp(max=0), tuple(((1, n),) for n in lengths))
     resolved = Budget.of(budget).resolve(lengths)
-    x = torch.randn(len(lengths), width + prefix, AXES["D"], generator=generator).to(dtype)
+    if stage.site.name == "tower":
+        layout = layout.map(lambda part: torch.nn.functional.pad(part, (prefix, 0), value=-1))
+    x = torch.randn(len(lengths), width + prefix, axes["D"], generator=generator).to(dtype)
     return Tokens(x, tuple(lengths), layout, signals, prefix, resolved)
 
 
@@ -54,13 +66,13 @@ def check_budget(method: Method, stage: Stage) -> None:
         tokens = draw_tokens(stage, RAGGED, budget)
         token_map = stage.decide(tokens)
         for b, want in enumerate(tokens.budget):
-            count = token_map.lengths[b]
-            anchors = token_map.anchor[b, :count].tolist()
+            count, anchors = _stays(stage, tokens, token_map, b)
             exact = "adaptive" not in method.tags and getattr(method, "variant", "paper") != "reference"
-            assert count == want if exact else count >= 1, f"{count} tokens stay, the budget says {want}"
+            exact = exact and stage.leave != "freeze"
+            assert count == want if exact else count >= _least(method, stage), f"{count} stay, the budget says {want}"
             assert sorted(set(anchors)) == sorted(anchors), f"a token stays twice: {anchors}"
             assert all(tokens.num_prefix <= a < tokens.ends[b] for a in anchors), f"out of range: {anchors}"
-            assert bool((token_map.anchor[b, count:] == -1).all()), "padding is not -1"
+            assert bool((token_map.anchor[b, token_map.lengths[b] :] == -1).all()), "padding is not -1"
 
 
 def check_groups(method: Method, stage: Stage) -> None:
@@ -113,8 +125,8 @@ def check_degenerate(method: Method, stage: Stage) -> None:
             tokens = dataclasses.replace(tokens, x=torch.full_like(tokens.x, value), signals=signals)
             token_map = stage.decide(tokens)
             assert bool(torch.isfinite(token_map.apply(tokens.x)).all()), "features are not finite"
-            anchors = token_map.anchor[0, : token_map.lengths[0]].tolist()
-            assert len(set(anchors)) == len(anchors) >= 1, f"a token stays twice: {anchors}"
+            _, anchors = _stays(stage, tokens, token_map, 0)
+            assert len(set(anchors)) == len(anchors) >= _least(method, stage), f"a token stays twice: {anchors}"
 
 
 def check_dtypes(method: Method, stage: Stage) -> None:
@@ -176,9 +188,22 @@ def check_method(method: Method) -> None:
                 raise
 
 
+def _least(method: Method, stage: Stage) -> int:
+    """Tokens of a group that stay at least: none only where all may be frozen or dropped on purpose."""
+    return 0 if stage.leave == "freeze" or "drops_all" in method.tags else 1
+
+
+def _stays(stage: Stage, tokens: Tokens, token_map: TokenMap, b: int) -> tuple[int, list[int]]:
+    """How many visual tokens of group b stay, and which; inside the tower the prefix stays before them."""
+    anchors = token_map.anchor[b, : token_map.lengths[b]].tolist()
+    prefix = tokens.num_prefix if stage.site.name == "tower" else 0
+    assert anchors[:prefix] == list(range(prefix)), f"the prefix does not come first: {anchors[: prefix + 1]}"
+    return len(anchors) - prefix, anchors[prefix:]
+
+
 def _axes(name: str) -> list[str]:
     """The axes that a signal's declaration names: "[B, H, N, d] ..." -> ["B", "H", "N", "d"]."""
-    declared = {"text_mask": "[B, T] "}.get(name) or SIGNALS[name]
+    declared = {"text_mask": "[B, T] ", "visual_mask": "[B, V] "}.get(name) or SIGNALS[name]
     match = re.match(r"\[([^\]]+)\]", declared)
     assert match is not None, f"signal {name!r} does not declare its shape"
     return [axis.strip() for axis in match.group(1).split(",")]
@@ -190,24 +215,40 @@ def _axis(name: str) -> int:
     return axes.index("N") if "N" in axes else -1
 
 
-def _draw(name: str, batch: int, width: int, prefix: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    sizes = {**AXES, "B": batch, "N": width + (prefix if name == "keys" else 0)}
+def _draw(
+    name: str,
+    batch: int,
+    width: int,
+    prefix: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    axes: Mapping[str, int],
+) -> Tensor:
+    sizes = {**AXES, **axes, "B": batch, "N": width + (prefix if name in WITH_PREFIX else 0)}
     shape = [sizes[axis] for axis in _axes(name)]
     if name == "text_mask":
-        return torch.arange(AXES["T"]) < torch.arange(2, batch + 2)[:, None]
+        return torch.arange(sizes["T"]) < torch.arange(2, batch + 2)[:, None]
+    if name in ("visual_mask", "sequence_valid"):
+        return torch.ones(shape, dtype=torch.bool)
+    if name == "square_grid":
+        return torch.zeros(shape, dtype=torch.bool)
+    if name == "sequence_row":
+        return torch.arange(shape[1]).expand(shape) % sizes["S"]
     if name == "text_after":
-        return torch.arange(AXES["T"]).expand(shape) >= 1
+        return torch.arange(sizes["T"]).expand(shape) >= 1
     if name.endswith("position"):
         return torch.arange(shape[1]).expand(shape) + 5
     if name == "tile":
         return torch.stack([torch.tensor([b, 0, 0, 0]) for b in range(batch)])
+    if name == "sizes":
+        return torch.randint(1, 5, shape, generator=generator).to(dtype)
     drawn = torch.randn(shape, generator=generator)
     return (drawn.mul(2).exp() / 500 if "attention" in name and name != "attention_output" else drawn).to(dtype)
 
 
 def _flat(name: str, value: Tensor, constant: float) -> Tensor:
-    """A signal with nothing to tell; masks and places stay."""
-    return torch.full_like(value, constant) if value.is_floating_point() else value
+    """A signal with nothing to tell; masks, places and sizes stay."""
+    return torch.full_like(value, constant) if value.is_floating_point() and name != "sizes" else value
 
 
 def _alone(stage: Stage, tokens: Tokens, b: int) -> Tokens:
@@ -217,12 +258,13 @@ def _alone(stage: Stage, tokens: Tokens, b: int) -> Tokens:
     for name, value in tokens.signals.items():
         part = value[b : b + 1]
         axis = _axis(name)
-        keep = n + (tokens.num_prefix if name == "keys" else 0)
+        keep = n + (tokens.num_prefix if name in WITH_PREFIX else 0)
         signals[name] = part if axis < 0 else part.narrow(axis, 0, keep)
     if "tile" in signals:
         signals["tile"] = torch.tensor([[0, 0, 0, 0]])
     assert tokens.layout is not None
-    layout = dataclasses.replace(tokens.layout.groups([b]).map(lambda part: part[:, :n]))
+    extra = tokens.layout.row.shape[1] - max(tokens.lengths)  # inside the tower the layout covers the prefix
+    layout = dataclasses.replace(tokens.layout.groups([b]).map(lambda part: part[:, : n + extra]))
     return Tokens(
         tokens.x[b : b + 1, : tokens.ends[b]], (n,), layout, signals, tokens.num_prefix, tokens.budget[b : b + 1]
     )

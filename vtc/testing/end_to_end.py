@@ -51,22 +51,26 @@ class Replay:
             return self.model.model(input_ids=torch.tensor([[self.decode_ids[step]]]), past_key_values=cache)
 
 
-def replay(case: GoldenCase, span: tuple[int, int], decode: Sequence[Tensor] = (), **text: Any) -> Replay:
+def replay(
+    case: GoldenCase, span: tuple[int, int], decode: Sequence[Tensor] = (), *, model_type: str = "llama", **text: Any
+) -> Replay:
     """The model and prompt of a recorded case.
 
     Args:
-        case: arrays `w.*` (weights by their Hugging Face names) and `inputs_embeds` [1, L, D].
+        case: arrays `w.*` or `w_*` (weights by their Hugging Face names) and `inputs_embeds` [1, L, D] or `x` [L, D].
         span: first and one-past-last place of the image.
         decode: [D] embeddings of decode steps.
-        text: fields of the LlamaConfig beside those read off the weights.
+        model_type: of the LLM.
+        text: fields of its config beside those read off the weights.
     """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    embeds = case["inputs_embeds"][0]
+    embeds = case["inputs_embeds"][0] if "inputs_embeds" in case else case["x"]
     side = round((span[1] - span[0]) ** 0.5)
-    weights = {name[2:].removeprefix("model."): case[name] for name in case.arrays if name.startswith("w.")}
+    weights = {name[2:].removeprefix("model."): case[name] for name in case.arrays if name[:2] in ("w.", "w_")}
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        model_type,
         hidden_size=embeds.shape[1],
         intermediate_size=weights["layers.0.mlp.gate_proj.weight"].shape[0],
         num_hidden_layers=layers,

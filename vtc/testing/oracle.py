@@ -5,14 +5,28 @@ the host itself hides or shows (padding, bidirectional image blocks, sliding win
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vtc.adapter import adapter_for
+from vtc.stages import Method, Stage
 
 Visible = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class GivenStages(Method):
+    """A method that is nothing but the stages handed over, for tests of one stage or of several together."""
+
+    slug: ClassVar[str] = "given-stages"
+    tags: ClassVar[frozenset[str]] = frozenset({"adaptive"})
+    given: tuple[Stage, ...] = ()
+
+    def stages(self) -> tuple[Stage, ...]:
+        return self.given
 
 
 def masked_logits(
@@ -22,9 +36,14 @@ def masked_logits(
     *,
     replace: tuple[Tensor, Tensor] | None = None,
     position_ids: Tensor | None = None,
-    key_bias: Tensor | None = None,
+    key_bias: Tensor | Visible | None = None,
+    unchanged: Visible | None = None,
+    layer_positions: Visible | None = None,
+    entering: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Logits [B, S, V] of the stock model in which layer l may look at the columns `visible(l)` ([B, S] bool) only.
+    """Logits [B, S, V] of the stock model in which layer l may look at the columns `visible(l)` only.
+
+    `visible(l)` is [B, S] bool, or [B, S, S] where it depends on who looks.
 
     Args:
         model: the unpatched model.
@@ -32,7 +51,10 @@ def masked_logits(
         replace: (is_replaced [B, S], values [R, D]) rows of the LLM's input that are overwritten first, for maps
             that merge.
         position_ids: [B, S]; None: what the host hands to its language model, or else counted over the attention mask.
-        key_bias: [B, S] added to the attention logits of each key.
+        key_bias: [B, S] added to the attention logits of each key; l -> [B, S] where layers differ.
+        unchanged: l -> [B, S] bool, columns that layer l leaves as they entered it (frozen or parked tokens).
+        layer_positions: l -> [B, S] position ids of layer l, where layers differ.
+        entering: (l, hidden states [B, S, D]) -> those that enter layer l, for maps that merge inside the LLM.
     """
     adapter = adapter_for(model)
     lm: Any = adapter.language_model
@@ -47,10 +69,13 @@ def masked_logits(
     def mask(layer: int, host: Tensor | None) -> Tensor:
         shown = causal if host is None or host.dim() != 4 else host if host.dtype == torch.bool else host == 0
         # a row may always look at itself, so that rows of dropped tokens stay finite; they are not compared
-        allowed = shown & visible(layer)[:, None, None, :] | torch.eye(length, dtype=torch.bool)
+        seen = visible(layer)
+        seen = seen[:, None, None, :] if seen.dim() == 2 else seen[:, None]
+        allowed = shown & seen | torch.eye(length, dtype=torch.bool)
         if not eager and key_bias is None:
             return allowed
-        bias = 0.0 if key_bias is None else key_bias[:, None, None, :].to(dtype)
+        given = key_bias(layer) if callable(key_bias) else key_bias
+        bias = 0.0 if given is None else given[:, None, None, :].to(dtype)
         return (torch.zeros(allowed.shape, dtype=dtype) + bias).masked_fill(~allowed, torch.finfo(dtype).min)
 
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -65,15 +90,29 @@ def masked_logits(
         return args, kwargs
 
     def layer_hook(index: int) -> Callable[..., Any]:
-        return lambda module, args, kwargs: (
-            args,
-            {**kwargs, "attention_mask": mask(index, kwargs.get("attention_mask"))},
-        )
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            changed = {"attention_mask": mask(index, kwargs.get("attention_mask"))}
+            if layer_positions is not None:
+                changed["position_embeddings"] = lm.rotary_emb(args[0], layer_positions(index))
+            return (args if entering is None else (entering(index, args[0]), *args[1:])), {**kwargs, **changed}
+
+        return hook
+
+    def keep_hook(index: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            assert unchanged is not None
+            rows = unchanged(index)[..., None]
+            hidden = torch.where(rows, args[0], output[0] if isinstance(output, tuple) else output)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
 
     hooks = [lm.register_forward_pre_hook(enter, with_kwargs=True)]
     hooks += [
         layer.register_forward_pre_hook(layer_hook(i), with_kwargs=True) for i, layer in enumerate(adapter.layers)
     ]
+    if unchanged is not None:
+        hooks += [layer.register_forward_hook(keep_hook(i)) for i, layer in enumerate(adapter.layers)]
     try:
         with torch.no_grad():
             logits: Tensor = model(**inputs, use_cache=False).logits

@@ -1,5 +1,6 @@
 """Random-weight models of every family, small enough for a test, built from stock configs without any download."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ PROMPTS: tuple[Prompt, ...] = ((3, "image", 5), ("image", 4, "image", 2), (6,))
 
 #: the same with videos
 VIDEO_PROMPTS: tuple[Prompt, ...] = ((3, "video", 5), ("video", 4, "video", 2), (6,))
+
+#: images and videos in one prompt, each in one alone, and none
+MIXED_PROMPTS: tuple[Prompt, ...] = ((2, "video", 3, "image", 1, "image", 2), ("image", 2), (3, "video", 2), (4,))
 
 TEXT = (5, 150)  # ids of text tokens; placeholders and separators lie above
 PATCH = 7
@@ -42,6 +46,11 @@ class TinyModel:
     placeholder: int
     image_size: int
     has_video: bool = False
+
+    @property
+    def special(self) -> list[int]:
+        """Placeholders and their wrappers: ids that a trained model does not generate."""
+        return [195, 196, 197, 198, 199]
 
     def inputs(
         self, prompts: Sequence[Prompt] = PROMPTS[:1], seed: int = 0, padding: str = "left"
@@ -256,6 +265,7 @@ class _Clips(TinyModel):
     video_placeholder: int = 198
     video_tokens: int = 0
     frames: int = 4
+    pixels_name: str = "pixel_values"
 
     def piece(self, kind: str, number: int) -> list[int]:
         if kind == "video":
@@ -264,7 +274,8 @@ class _Clips(TinyModel):
 
     def pixels(self, kinds: Sequence[Sequence[str]], generator: Generator) -> dict[str, Tensor]:
         videos = sum(row.count("video") for row in kinds)
-        found = super().pixels([[kind for kind in row if kind == "image"] for row in kinds], generator)
+        images = super().pixels([[kind for kind in row if kind == "image"] for row in kinds], generator)
+        found = {self.pixels_name: images["pixel_values"]} if images else {}
         if videos:
             shape = (videos, self.frames, 3, self.image_size, self.image_size)
             found["pixel_values_videos"] = torch.randn(*shape, generator=generator)
@@ -282,7 +293,18 @@ def _video_llava(attention: str, layers: int) -> TinyModel:
         **_PLAIN,
     )
     model = _built(VideoLlavaForConditionalGeneration, config, attention)
-    return _Clips("video_llava", model, 16, 199, TILE, has_video=True, video_tokens=4 * 17)
+    # older hosts name the pixels of images after their kind
+    name = "pixel_values_images" if "pixel_values_images" in inspect.signature(model.forward).parameters else None
+    return _Clips(
+        "video_llava",
+        model,
+        16,
+        199,
+        TILE,
+        has_video=True,
+        video_tokens=4 * 17,
+        pixels_name=name or "pixel_values",
+    )
 
 
 @dataclass(frozen=True)

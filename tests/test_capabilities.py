@@ -1,0 +1,100 @@
+"""`vtc models` says what the adapters and the checks say, and `vtc oracle` fails when a model differs."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import vtc
+from vtc.adapter import adapter_for
+from vtc.capabilities import REFUSED, capabilities, describe_adapter
+from vtc.cli import app
+from vtc.engine.plan import CAPTURED
+from vtc.stages import SITES
+from vtc.testing import families, tiny
+from vtc.testing.oracle_table import LIMIT, SPECS, worst_difference
+
+
+@pytest.fixture(scope="module")
+def entries():
+    return {entry["family"]: entry for entry in capabilities()}
+
+
+def test_every_family_with_everything(entries):
+    assert tuple(entries) == families()
+    for family, entry in entries.items():
+        assert entry["checkpoints"], family
+        assert set(entry["sites"]) == set(SITES)
+        for name, site in entry["sites"].items():
+            if site["available"]:
+                assert set(site["signals"]) | set(site["missing"]) == set(CAPTURED[name])
+                assert all(len(reason) > 20 for reason in site["missing"].values())
+            else:
+                assert len(site["reason"]) > 20
+        assert entry["positions"]["original"] is None
+        assert set(REFUSED) <= set(entry["refused"])
+        assert json.loads(json.dumps(entry)) == entry
+
+
+def test_what_differs_between_families(entries):
+    assert entries["llava"]["modalities"] == ["image"]
+    assert entries["qwen2_vl"]["modalities"] == ["image", "video"]
+    assert "images and videos in one prompt" in entries["video_llava"]["generation"]
+    assert "cls_attention" in entries["llava"]["sites"]["tower_out"]["signals"]
+    assert "no [CLS]" in entries["gemma3"]["sites"]["tower_out"]["missing"]["cls_attention"]
+    assert entries["qwen3_vl"]["lowest_layer"]["layer"] == 2
+    assert "M-RoPE" in entries["qwen2_5_vl"]["positions"]["compact"]
+    refusing = [family for family, entry in entries.items() if "assisted decoding" in entry["refused"]]
+    assert refusing == ["paligemma"]
+    assert [f for f, e in entries.items() if "prompt and answer longer than a sliding window" in e["refused"]] == [
+        "gemma3"
+    ]
+
+
+@pytest.mark.parametrize("family", families())
+def test_a_model_without_weights_is_described_alike(family, entries):
+    model = tiny(family).model
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    assert describe_adapter(adapter_for(empty)) == entries[family]
+
+
+def test_models_as_json(entries):
+    done = CliRunner().invoke(app, ["models", "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout) == list(entries.values())
+
+
+class TestOracle:
+    def test_one_family(self):
+        worst = worst_difference("llava", specs=SPECS[-1:], attention=("sdpa",))
+        assert worst.cases == 2
+        assert 0 < worst.difference < LIMIT / 10
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("family", families())
+    def test_every_family(self, family):
+        assert worst_difference(family).difference < LIMIT / 10
+
+    def test_a_wrong_model_is_found(self, monkeypatch):
+        """An engine that keeps one column too few differs by far more than the limit."""
+        compact = vtc.engine.forward.compact_columns
+        monkeypatch.setattr(
+            vtc.engine.forward, "compact_columns", lambda keep, counts: compact(keep, counts).roll(1, 1)
+        )
+        worst = worst_difference("llava", specs=SPECS[:1], attention=("sdpa",))
+        assert worst.difference > 100 * LIMIT
+
+    @pytest.mark.parametrize(("limit", "code"), [("1e-4", 0), ("1e-12", 1)])
+    def test_the_command(self, limit, code):
+        done = CliRunner().invoke(app, ["oracle", "llava", "--json", "--limit", limit])
+        assert done.exit_code == code
+        data = json.loads(done.stdout)
+        assert data["passed"] == (code == 0)
+        assert [row["family"] for row in data["families"]] == ["llava"]
+        assert data["worst"] == data["families"][0]["difference"]
+
+    def test_unknown_families(self):
+        done = CliRunner().invoke(app, ["oracle", "lava"])
+        assert isinstance(done.exception, vtc.errors.UnsupportedModelError)

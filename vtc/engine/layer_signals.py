@@ -1,0 +1,393 @@
+"""Signals of `layer[k]` stages.
+
+Attention signals come from one decoder layer of the same forward. A layer that has run gave its queries and keys before
+RoPE, which are rotated here; for the layer at the site itself they are projected from the states that enter it. Only
+the rows that are asked for are computed, under the mask that the layer itself gets.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vtc.adapter import Adapter
+from vtc.engine import carry, size_bias
+from vtc.engine.forward import FORWARD, Forward, LayerState, inverse_columns, lookup, take
+from vtc.engine.plan import ATTENTION_SIGNALS, OUTPUTS, Plan, Step, source_layer
+from vtc.engine.rotary import rotate
+from vtc.engine.visual import Visual
+from vtc.errors import UnsupportedFeatureError
+from vtc.kernels import attention_rows, received_attention
+
+Undo = Callable[[], None]
+#: what a layer at the site would get, cut to the rows that enter it
+Arguments = Callable[[], Mapping[str, Any]]
+DOOR = ("text_embeds", "visual_embeds")
+
+
+def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
+    """Hook the modules whose outputs the signals of `plan` are made of; what takes the hooks off goes to `undo`."""
+    needs: dict[int, set[str]] = {}
+    for index in plan.layers:
+        for signal in plan.signals("layer", index):
+            source = source_layer(index, signal)
+            if source is not None and source < index:
+                needs.setdefault(source, set()).add(signal.name if signal.name in OUTPUTS else "attention")
+    for source, names in sorted(needs.items()):
+        attention, layer = adapter.layer_attention(source), adapter.layers[source]
+        if "attention" in names:
+            undo += [
+                attention.query.register_forward_hook(functools.partial(_capture, source, "query")).remove,
+                attention.key.register_forward_hook(functools.partial(_capture, source, "key")).remove,
+                layer.register_forward_pre_hook(functools.partial(_capture_arguments, source), with_kwargs=True).remove,
+            ]
+        if "attention_output" in names:
+            assert attention.output is not None
+            hook = functools.partial(_capture, source, "attention_output")
+            undo.append(attention.output.register_forward_hook(hook).remove)
+        if "layer_input" in names:
+            enter = functools.partial(_capture_input, source, "layer_input")
+            undo.append(layer.register_forward_pre_hook(enter).remove)
+        if "mlp_input" in names:
+            enter = functools.partial(_capture_input, source, "mlp_input")
+            undo.append(adapter.layer_mlp(source).register_forward_pre_hook(enter).remove)
+
+
+def note_door(plan: Plan, state: Forward, visual: Visual, embeds: Tensor) -> None:
+    """Keep what enters the LLM, where a stage in its layers reads that."""
+    if any(signal.name in DOOR for index in plan.layers for signal in plan.signals("layer", index)):
+        state.door_embeds, state.door_visual = embeds, visual.pooled()
+
+
+def collect(
+    adapter: Adapter, step: Step, index: int, state: Forward, visual: Visual, hidden: Tensor, own: Arguments
+) -> dict[str, Tensor]:
+    """The signals that the stage of `step` at layer `index` declares, aligned with the tokens of `visual`."""
+    found = carry.collect(step, state, visual)
+    rows, sample = visual.rows(state.row_of), visual.sample_index
+    names = {signal.name for signal in step.stage.signals}
+    if "position" in names:
+        found["position"] = torch.where(visual.column < 0, -1, visual.column + state.past)
+    if "normed_states" in names:
+        found["normed_states"] = adapter.final_norm(visual.gather(hidden, state.row_of))
+    text, is_text = _text_rows(state, visual)
+    text_column = lookup(state.columns(), text)
+    if any(name.startswith("text_") or name.endswith("_to_text") for name in names):
+        found["text_mask"] = is_text[sample]
+        found["text_after"] = text[sample] > rows.max(dim=1, keepdim=True).values
+        found["text_position"] = text_column[sample] + state.past
+    if "text_states" in names:
+        found["text_states"] = adapter.final_norm(take(hidden, text))[sample]
+    if "text_embeds" in names:
+        assert state.door_embeds is not None
+        found["text_embeds"] = take(state.door_embeds, text_column)[sample]
+    if "visual_embeds" in names:
+        found.update(_door_embeds(state, sample))
+    for signal in step.stage.signals:
+        layer = source_layer(index, signal)
+        if layer is None:
+            continue
+        if layer < index:
+            source = Source(adapter, state, layer, _row_of(state, layer))
+        else:
+            source = Source(adapter, state, layer, state.row_of, hidden, own)
+        places = Places(source, visual, sample, text_column, is_text)
+        if signal.name in OUTPUTS:
+            value = hidden if layer == index else state.captured[layer, signal.name]
+            found[signal.name] = places.tokens(value[:, None], 2)[:, 0]
+        else:
+            found.update(places.read(signal.name, signal.rows))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Queries and keys of one layer for the rows that it sees.
+
+    Args:
+        layer: which one.
+        row_of: [B, S], columns of the prompt -> its rows; None: all columns.
+        hidden: what enters it, where it has not run yet; None: it has, and was captured.
+        own: its arguments, where it has not run yet.
+    """
+
+    adapter: Adapter
+    state: Forward
+    layer: int
+    row_of: Tensor | None
+    hidden: Tensor | None = None
+    own: Arguments | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.adapter.layer_attention(self.layer).scale
+
+    @functools.cached_property
+    def arguments(self) -> Mapping[str, Any]:
+        """What the layer gets beside the states."""
+        return self.own() if self.own is not None else self.state.layer_arguments[self.layer]
+
+    def plain_queries(self, rows: Int[Tensor, "B Q"] | None = None) -> Float[Tensor, "B H Q d"]:
+        """Queries of `rows` (None: all) before RoPE."""
+        if self.hidden is not None:
+            return self.adapter.queries(self.layer, self.hidden if rows is None else take(self.hidden, rows))
+        split = self.adapter.layer_attention(self.layer).split_queries
+        return _rows(split(self.state.captured[self.layer, "query"]), rows)
+
+    def queries(self, rows: Int[Tensor, "B Q"] | None = None) -> Float[Tensor, "B H Q d"]:
+        """Queries of `rows` (None: all) after RoPE."""
+        cos, sin = self.arguments["position_embeddings"]
+        if rows is not None:
+            cos, sin = take(cos, rows), take(sin, rows)
+        return rotate(self.plain_queries(rows), cos, sin)
+
+    @functools.cached_property
+    def plain_keys(self) -> Float[Tensor, "B G R d"]:
+        """Keys of all rows of this call before RoPE."""
+        if self.hidden is not None:
+            return self.adapter.keys_values(self.layer, self.hidden)[0]
+        return self.adapter.layer_attention(self.layer).split_keys(self.state.captured[self.layer, "key"])
+
+    @functools.cached_property
+    def keys(self) -> Float[Tensor, "B G R d"]:
+        """Keys of all rows of this call after RoPE."""
+        cos, sin = self.arguments["position_embeddings"]
+        return rotate(self.plain_keys, cos, sin)
+
+    @functools.cached_property
+    def all_keys(self) -> Float[Tensor, "B G K d"]:
+        """The same behind the keys of earlier calls."""
+        if not self.state.held:
+            return self.keys
+        cached: Tensor = self.state.cache.layers[self.layer].keys
+        return cached if self.hidden is None else torch.cat([cached, self.keys.to(cached.dtype)], dim=2)
+
+    @functools.cached_property
+    def valid(self) -> Bool[Tensor, "B R"]:
+        """Which rows of this call are neither padding nor candidates of assisted decoding."""
+        state = self.state
+        if self.row_of is None:
+            column = state.arange(state.length)
+        elif self.hidden is not None:
+            column = state.columns()
+        else:
+            column = _column(state, self.layer)
+        valid = (column >= 0) & (column < state.length - state.candidates)
+        return valid if state.valid is None else valid & state.valid.gather(1, column.clamp(min=0))
+
+    def visible(self, rows: Int[Tensor, "B Q"]) -> Bool[Tensor, "B Q K"]:
+        """What `rows` see of all keys, by the mask that the layer gets."""
+        mask = self.arguments.get("attention_mask")
+        keys, new = self.all_keys.shape[2], self.keys.shape[2]
+        if mask is not None and mask.dim() == 4:
+            mask = mask[:, 0].expand(rows.shape[0], -1, -1)
+            mask = mask.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, mask.shape[2]))
+            return size_bias.readable(mask)
+        order = torch.arange(keys, device=rows.device)
+        seen = order <= rows.clamp(min=0)[..., None] + keys - new
+        return seen if mask is None else seen & mask.bool()[:, None]
+
+    def biased(self, queries: Float[Tensor, "B H Q d"], keys: Float[Tensor, "B G K d"]) -> tuple[Tensor, Tensor]:
+        """Queries and keys of all samples, whose products hold what the layer adds to the logits of each key."""
+        state = self.state
+        seen = LayerState(state.column, None, False, visual=state.visual)
+        if self.hidden is None:
+            seen = state.layer_state.get(self.layer, seen)
+        return size_bias.in_products(queries, keys, size_bias.of_layer(state, self.layer, seen), self.scale)
+
+    def attention(self, rows: Int[Tensor, "B Q"], reduce_heads: bool = True) -> Tensor:
+        """Probability that each of `rows` gives the rows of this call, [B, Q, R] (mean) or [B, H, Q, R]."""
+        queries, keys = self.biased(self.queries(rows), self.all_keys)
+        given = attention_rows(queries, keys, mask=self.visible(rows), scale=self.scale, reduce_heads=reduce_heads)
+        return given[..., -self.keys.shape[2] :]
+
+    def gravity(self, rows: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q R"]:
+        """Mean product of vectors of ones, rotated to the places of `rows` and of all rows of this call."""
+        cos, sin = (part.float() for part in self.arguments["position_embeddings"])
+        here = take(cos, rows), take(sin, rows)
+        asking = rotate(torch.ones_like(here[0])[:, None], *here)
+        keys = rotate(torch.ones_like(cos)[:, None], cos, sin).expand(asking.shape[0], -1, -1, -1)
+        return attention_rows(asking, keys, scale=1.0 / keys.shape[-1], softmax=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the tokens of a stage and the text stand among the rows of a source."""
+
+    source: Source
+    visual: Visual
+    sample: Tensor
+    text_column: Int[Tensor, "B T"]
+    is_text: Bool[Tensor, "B T"]
+
+    @functools.cached_property
+    def rows(self) -> Int[Tensor, "G N"]:
+        """Rows of the visual tokens, -1 where the layer did not see one."""
+        return self.visual.rows(self.source.row_of)
+
+    @functools.cached_property
+    def text(self) -> Int[Tensor, "B T"]:
+        return lookup(self.source.row_of, self.text_column)
+
+    def tokens(self, value: Tensor, dim: int) -> Tensor:
+        """`value` [B, ...] of all rows (along `dim`) for the visual tokens; zeros where the layer did not see one."""
+        value = value[self.sample]
+        shape = [1] * value.dim()
+        shape[0], shape[dim] = self.rows.shape
+        index = self.rows.view(shape)
+        wanted = [n if i not in (0, dim) else index.shape[i] for i, n in enumerate(value.shape)]
+        return value.gather(dim, index.clamp(min=0).expand(wanted)).masked_fill(index < 0, 0)
+
+    def read(self, name: str, rows: str) -> dict[str, Tensor]:
+        """The signal `name`, with what belongs to it."""
+        source, sample = self.source, self.sample
+        if name in ("query_attention", "query_logits"):
+            return {name: self.tokens(self._query_rows(name, rows), 1)}
+        if name == "text_attention":
+            return {name: self.tokens(source.attention(self.text), 2)}
+        if name == "text_attention_heads":
+            return {name: self.tokens(source.attention(self.text, reduce_heads=False), 3)}
+        if name == "text_gravity":
+            return {name: self.tokens(source.gravity(self.text), 2)}
+        if name == "attention_to_text":
+            return {name: self._to_text()}
+        if name == "global_attention":
+            return {name: self.tokens(self._global(), 1)}
+        if name in ("keys", "layer_keys"):
+            return {name: self.tokens(source.keys, 2)}
+        if name == "text_keys":
+            return {name: _rows(source.keys, self.text)[sample]}
+        if name == "queries":
+            return {name: self.tokens(source.queries(), 2)}
+        if name == "text_queries":
+            return {name: source.queries(self.text)[sample]}
+        if name == "sequence_queries":
+            return {name: source.queries()[sample]}
+        if name == "sequence_keys":
+            return {name: source.keys[sample]}
+        if name == "sequence_valid":
+            return {name: source.valid[sample]}
+        assert name == "sequence_row" and name in ATTENTION_SIGNALS
+        return {name: self.rows}
+
+    def _query_rows(self, name: str, rows: str) -> Float[Tensor, "B R"]:
+        """What the query rows give each row of this call, mean over heads (and rows)."""
+        source, state = self.source, self.source.state
+        if rows == "mean":
+            if state.held:
+                raise UnsupportedFeatureError(
+                    "query rows 'mean' need every query of the prompt, but part of it is in the cache. "
+                    "Use query='last', or start without a cache."
+                )
+            if name == "query_logits":
+                count = source.valid.sum(dim=1).clamp(min=1)[:, None, None, None]
+                mean = (source.queries() * source.valid[:, None, :, None]).sum(dim=2, keepdim=True) / count
+                return attention_rows(mean, source.keys, scale=source.scale, softmax=False)[:, 0]
+            segments = torch.where(source.valid, 0, -1)
+            queries, keys = source.biased(source.queries(), source.keys)
+            return received_attention(queries, keys, segments=segments, causal=True, scale=source.scale)
+        if rows == "last":
+            order = torch.arange(1, source.valid.shape[1] + 1, device=source.valid.device)
+            chosen = (source.valid * order).argmax(dim=1)[:, None]
+            weight = torch.ones_like(chosen, dtype=torch.bool)
+        else:
+            last = self._last_visual()
+            behind = self.is_text & (self.text > last)
+            chosen = self.text
+            weight = torch.where(behind.any(dim=1, keepdim=True), behind, self.is_text)
+        if name == "query_logits":
+            given = attention_rows(source.queries(chosen), source.keys, scale=source.scale, softmax=False)
+        else:
+            given = source.attention(chosen)
+        return (given * weight[..., None]).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def _to_text(self) -> Float[Tensor, "G N T"]:
+        """What visual rows give text tokens; for each sample the rows of all its visual tokens, computed once."""
+        source = self.source
+        every, keys = source.biased(source.queries(), source.all_keys)
+        queries, keys = _rows(every[self.sample], self.rows), keys[self.sample]
+        visible = source.visible(self._every_row())[self.sample]
+        visible = visible.gather(1, self.rows.clamp(min=0)[..., None].expand(-1, -1, visible.shape[2]))
+        given = attention_rows(queries, keys, mask=visible, scale=source.scale)
+        given = given[..., -source.keys.shape[2] :]
+        index = self.text[self.sample][:, None].clamp(min=0).expand(-1, given.shape[1], -1)
+        seen = (self.rows >= 0)[..., None] & self.is_text[self.sample][:, None]
+        return given.gather(2, index) * seen
+
+    def _global(self) -> Float[Tensor, "B R"]:
+        """Attention of the mean query of all rows up to the last visual one, among them and without RoPE."""
+        source = self.source
+        inside = source.valid & (self._every_row() <= self._last_visual())
+        weight = inside[:, None, :, None]
+        mean = (source.plain_queries() * weight).sum(dim=2, keepdim=True) / weight.sum(dim=2, keepdim=True).clamp(min=1)
+        return attention_rows(mean, source.plain_keys, mask=inside, scale=source.scale)[:, 0]
+
+    def _last_visual(self) -> Int[Tensor, "B 1"]:
+        """The row of the last visual token of each sample, -1 where there is none."""
+        last = self.rows.amax(dim=1)
+        batch = self.source.valid.shape[0]
+        return last.new_full((batch,), -1).scatter_reduce(0, self.sample, last, "amax")[:, None]
+
+    def _every_row(self) -> Int[Tensor, "B R"]:
+        valid = self.source.valid
+        return torch.arange(valid.shape[1], device=valid.device).expand(valid.shape[0], -1)
+
+
+def _rows(heads: Float[Tensor, "B H R d"], rows: Int[Tensor, "B Q"] | None) -> Float[Tensor, "B H Q d"]:
+    if rows is None:
+        return heads
+    return heads.gather(2, rows.clamp(min=0)[:, None, :, None].expand(-1, heads.shape[1], -1, heads.shape[3]))
+
+
+def _text_rows(state: Forward, visual: Visual) -> tuple[Tensor, Tensor]:
+    """Rows of the text tokens, in order, and which of them are valid; the width holds the longest text."""
+    assert state.is_visual is not None
+    column = state.columns()
+    is_text = state.read_rows() & ~state.is_visual.gather(1, column.clamp(min=0))
+    width = state.length - min(visual.per_sample(state.batch, [sum(images) for images in visual.origin]))
+    order = (~is_text).long().argsort(dim=1, stable=True)[:, :width]
+    return order, is_text.gather(1, order)
+
+
+def _door_embeds(state: Forward, sample: Tensor) -> dict[str, Tensor]:
+    """Embeddings of every visual token of the sample that entered the LLM."""
+    visual, embeds = state.door_visual, state.door_embeds
+    assert visual is not None and embeds is not None
+    where = torch.zeros(state.batch, dtype=torch.long, device=sample.device)
+    where[visual.sample_index] = torch.arange(len(visual.sample), device=sample.device)
+    return {
+        "visual_embeds": visual.gather(embeds)[where[sample]],
+        "visual_mask": (visual.column >= 0)[where[sample]],
+    }
+
+
+def _column(state: Forward, layer: int) -> Int[Tensor, "B R"]:
+    """Columns of the rows that `layer`, which has run, saw."""
+    seen = state.layer_state.get(layer)
+    column = state.door_column if seen is None else seen.column
+    return state.arange(state.length) if column is None else column
+
+
+def _row_of(state: Forward, layer: int) -> Int[Tensor, "B S"]:
+    """Columns of the prompt -> rows of `layer`, which has run."""
+    return inverse_columns(_column(state, layer), state.length)
+
+
+def _capture(layer: int, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    state = FORWARD.get()
+    if state is not None and state.visual is not None:
+        state.captured[layer, name] = output[0] if isinstance(output, tuple) else output
+
+
+def _capture_input(layer: int, name: str, module: nn.Module, args: Any) -> None:
+    _capture(layer, name, module, args, args[0])
+
+
+def _capture_arguments(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    state = FORWARD.get()
+    if state is not None and state.visual is not None:
+        state.layer_arguments[layer] = kwargs
