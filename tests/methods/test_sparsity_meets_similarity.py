@@ -5,6 +5,9 @@ import pytest
 import torch
 
 import vtc
+from vtc import errors
+from vtc.testing import masked_logits, relative_difference, tiny, visible_columns
+from vtc.testing.tiny import PROMPTS
 
 SLUG = "sparsity-meets-similarity"
 
@@ -69,3 +72,77 @@ def test_cosine_reads_the_hidden_cls():
     token_map = vtc.create(SLUG, similarity="cosine", least=6).stages()[0].decide(tokens)
     cosine = torch.nn.functional.cosine_similarity(x[0, 1:], x[0, :1], dim=-1)
     assert token_map.anchor[0].tolist() == (cosine.topk(6).indices + 1).sort().values.tolist()
+
+
+def with_text(x, text, budget=None, after=None):
+    is_text = torch.arange(text.shape[1])[None] < text.shape[1] - 1  # the last row is padding
+    behind = torch.ones_like(is_text) if after is None else torch.tensor([after])
+    return vtc.Tokens.of(x, budget or x.shape[1], text_embeds=text, text_mask=is_text, text_after=behind)
+
+
+def second_stage(**options):
+    (stage,) = vtc.create(SLUG, stage="2", **options).stages()
+    assert str(stage.site) == "llm_in"
+    return stage
+
+
+@pytest.mark.parametrize("relevance", ["max", "mean"])
+def test_stage_2_ranks_by_cosine_to_the_text(relevance):
+    generator = torch.Generator().manual_seed(3)
+    x, text = torch.randn(1, 40, 6, generator=generator), torch.randn(1, 5, 6, generator=generator)
+    cosine = torch.nn.functional.cosine_similarity(x[0, :, None], text[0, :4], dim=-1)
+    score = cosine.amax(1) if relevance == "max" else cosine.mean(1)
+    for ratio in (0.25, 0.5, 1.0):
+        token_map = second_stage(relevance=relevance, second_ratio=ratio).decide(with_text(x, text))
+        assert token_map.lengths == (int(40 * ratio),)
+        assert torch.equal(token_map.anchor[0], score.topk(int(40 * ratio)).indices.sort().values)
+    count = by_chord(score.sort(descending=True).values.double().numpy())
+    assert second_stage(relevance=relevance).decide(with_text(x, text)).lengths == (count,)
+    assert second_stage(relevance=relevance).decide(with_text(x, text, 2)).lengths == (2,)
+    behind = [False, True, True, True, True]
+    score = cosine[:, 1:].amax(1) if relevance == "max" else cosine[:, 1:].mean(1)
+    kept = second_stage(relevance=relevance, second_ratio=0.25).decide(with_text(x, text, after=behind))
+    assert torch.equal(kept.anchor[0], score.topk(10).indices.sort().values)
+
+
+def test_stage_2_without_text_keeps_all():
+    x, text = torch.randn(1, 7, 4), torch.zeros(1, 1, 4)
+    assert second_stage().decide(with_text(x, text)).lengths == (7,)
+
+
+def test_both_stages_in_a_model_equal_the_masked_model(llava):
+    inputs = llava.inputs(PROMPTS)
+    counts = {}
+    for stage in ("1", "2", "both"):
+        with vtc.compress(llava.model, f"{SLUG}:14(stage={stage})", positions="original") as handle, torch.no_grad():
+            out = llava.model(**inputs, use_cache=True)
+            report = handle.report
+        visible = visible_columns(out.past_key_values, inputs["input_ids"].shape[1])
+        expected = masked_logits(llava.model, inputs, visible)
+        kept = visible(0) & inputs["attention_mask"].bool()
+        assert relative_difference(out.logits[kept], expected[kept]) < 1e-5
+        assert len(set(report.per_layer)) == 1
+        counts[stage] = report.entering
+    assert counts["both"][:2] < counts["1"][:2] < (14, 28)
+    assert counts["2"] != counts["1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage": "3"}, "stage='3'"),
+        ({"relevance": "sum"}, "relevance='sum'"),
+        ({"second_ratio": 1.5}, "second_ratio=1.5"),
+        ({"least": 0}, "least=0"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(errors.SpecError, match=message):
+        vtc.create(SLUG, **options)
+
+
+def test_towers_without_cls_have_an_option():
+    model = tiny("paligemma").model
+    with pytest.raises(errors.SignalUnavailableError, match=r"no \[CLS\]"):
+        vtc.patch(model, f"{SLUG}:8")
+    vtc.patch(model, f"{SLUG}:8(similarity=received)").remove()

@@ -28,6 +28,10 @@ class DivPrune(Method):
     )
     steps = ("farthest-point picks under cosine distance", "none", "drop")
     fidelity = "golden"
+    headline = (
+        "LLaVA-1.5-7B, 64 of 576 tokens enter the LLM: 94.7 % of the full model's average; as copied in CDPruner's "
+        "project page"
+    )
     tags = frozenset({"permutation_equivariant"})
     positions = "compact"
     defaults = {"llava": 0.098}  # SUBSET_RATIO of the published scripts

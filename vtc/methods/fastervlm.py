@@ -31,6 +31,10 @@ class FasterVLM(Method):
     )
     steps = ("top-k [CLS] attention", "none", "drop")
     fidelity = "golden"
+    headline = (
+        "LLaVA-1.5-7B, 58 of 576 tokens enter the LLM: 94.24 % of the full model's average over 10 benchmarks; the "
+        "authors' project page"
+    )
     tags = frozenset({"permutation_equivariant"})
     positions = "compact"
     defaults = {"llava": 144}  # 75 % reduction, the project page's first row

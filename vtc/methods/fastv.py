@@ -33,6 +33,10 @@ class FastV(Method):
     )
     steps = ("top-k attention of the last query row at layer K-1", "none", "drop")
     fidelity = "golden"
+    headline = (
+        "LLaVA-1.5-7B, half of the tokens behind the cut at layer 2, layers 0 and 1 see all: average of 4 benchmarks "
+        "69.7 (full 69.8); table 1 of the paper"
+    )
     tags = frozenset({"query_aware", "permutation_equivariant"})
     at = "layer"
     defaults = {"llava": 0.5}  # paper, table 1: K = 2, R = 50 %

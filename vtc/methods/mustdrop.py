@@ -29,7 +29,9 @@ class MustDrop(Method):
 
     The number of tokens follows from the content. Here the budget is a ceiling: where the threshold leaves more, the
     next most similar windows are merged too, and below one token per window the most uniform windows are dropped.
-    Neither is in the paper, which has no budget. Order is raster order, and a merged token takes the middle patch's
+    Neither is in the paper, which has no budget, and it costs: means of unlike patches after one block are poor input
+    for the others. On the embedded model (576 tokens) accuracy is 0.85 at 288 tokens and 0.24 at 64, where random
+    selection has 0.70 (200 questions). Order is raster order, and a merged token takes the middle patch's
     place. The published code ("reference") merges the same number of windows, the smallest, in every image of the
     batch, puts merged tokens in front by falling similarity, and has no ceiling.
 
@@ -44,6 +46,10 @@ class MustDrop(Method):
     paper = Paper("Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", "2411.10803")
     steps = ("patches outside uniform windows, and one of each such window", "every patch to its window", "mean")
     fidelity = "golden"
+    headline = (
+        "all three parts, LLaVA-1.5-7B, 192 of 576 tokens on average over the layers: 97.2 % of the full model's "
+        "average; as copied in a table of HoloV"
+    )
     tags = frozenset({"adaptive", "merges", "needs_grid"})
     positions = "compact"
 

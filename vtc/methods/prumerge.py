@@ -48,6 +48,10 @@ class PruMerge(Method):
     )
     steps = ("outliers of the [CLS] attention", "the pruned tokens with the most similar keys", "weighted average")
     fidelity = "golden"
+    headline = (
+        "LLaVA-1.5-7B without tuning, about 40 of 576 tokens enter the LLM: TextVQA 54.0 (full 58.2), POPE 76.2 "
+        "(85.9); as copied in notes on the paper"
+    )
     tags = frozenset({"adaptive", "merges"})
     positions = "compact"
     defaults = {"llava": 40}  # the paper's setting without fine-tuning, by a summary
@@ -186,6 +190,10 @@ class PruMergePlus(PruMerge):
         "outliers of the [CLS] attention, and tokens at an even stride",
         "the pruned tokens with the most similar keys",
         "weighted average",
+    )
+    headline = (
+        "LLaVA-1.5-7B, 128 of 576 tokens enter the LLM: average of 8 benchmarks 58.6 (full 62.1); a port, in the "
+        "README of VTC-CLS"
     )
     defaults = {"llava": 144}  # a quarter of the tokens
     plus = True

@@ -40,6 +40,10 @@ class VisPruner(Method):
     )
     steps = ("top [CLS] attention, and the rest without its duplicates", "none", "drop")
     fidelity = "golden"
+    headline = (
+        "LLaVA-1.5-7B, 64 of 576 tokens enter the LLM: 96.6 % of the full model's average over 10 benchmarks; the "
+        "authors' project page"
+    )
     positions = "compact"
     defaults = {"llava": 128}  # project page: 128, 64, 32
 

@@ -34,6 +34,9 @@ class VTCCLS(Method):
     paper = Paper("[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", "2412.05819")
     steps = ("top-k [CLS] attention, summed over layers", "none", "drop")
     fidelity = "golden"
+    headline = (
+        "LLaVA-1.5-7B, 64 of 576 tokens enter the LLM: average of 8 benchmarks 58.4 (full 62.1); the authors' README"
+    )
     tags = frozenset({"permutation_equivariant"})
     positions = "compact"
     defaults = {"llava": 128}  # README: 256, 128, 64
