@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import vtc
 from vtc.adapter import adapter_for
-from vtc.capabilities import REFUSED, capabilities, describe_adapter
+from vtc.capabilities import REFUSED, capabilities, describe_adapter, method_families
 from vtc.cli import app
 from vtc.engine.plan import CAPTURED
 from vtc.stages import SITES
@@ -58,6 +58,45 @@ def test_a_model_without_weights_is_described_alike(family, entries):
     with torch.device("meta"):
         empty = type(model)(model.config)
     assert describe_adapter(adapter_for(empty)) == entries[family]
+
+
+class TestFamiliesOfMethods:
+    @pytest.mark.parametrize("slug", vtc.methods())
+    def test_every_family_is_accounted_for(self, slug):
+        found = method_families(slug)
+        refused = found["families_refused"]
+        assert sorted([*found["families"], *found["families_with_companion"], *refused]) == list(families())
+        assert all(len(reason) > 40 for reason in refused.values())
+
+    def test_what_is_known_of_some(self):
+        assert method_families("fastv")["families"] == list(families())
+        fastervlm = method_families("fastervlm")
+        assert "llava" in fastervlm["families"]
+        assert "no [CLS]" in fastervlm["families_refused"]["gemma3"]
+        # refused in the four layers of the models above, so that depth matters
+        assert "llava" in method_families("ficoco-l")["families"]
+
+    def test_methods_that_need_clip_say_on_which_towers(self):
+        found = method_families("cdpruner")
+        assert found["families"] == []
+        assert found["families_with_companion"] == ["llava", "llava_next", "llava_next_video", "video_llava"]
+        assert "no CLIP tower" in found["families_refused"]["gemma3"]
+
+    def test_it_is_what_a_patch_says_of_a_model_with_weights(self):
+        for slug in ("visionzip", "tome", "globalcom2"):
+            found = method_families(slug)
+            for family in ("llava", "internvl", "qwen2_vl"):
+                model = tiny(family).model
+                if family in found["families"]:
+                    vtc.patch(model, vtc.create(slug, budget=0.5)).remove()
+                else:
+                    with pytest.raises(vtc.VTCError) as caught:
+                        vtc.patch(model, vtc.create(slug, budget=0.5))
+                    assert str(caught.value) == found["families_refused"][family]
+
+    def test_only_on_request(self):
+        assert "families" not in vtc.describe("cdpruner")
+        assert vtc.describe("cdpruner", families=True)["families_with_companion"]
 
 
 def test_models_as_json(entries):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vtc.eval.report_markdown import markdown, page
-from vtc.tables import methods_table, models_table
+from vtc.tables import methods_page, models_table, steps_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,10 +19,16 @@ def test_examples_run(page):
     assert failed == 0
 
 
+def test_the_page_of_methods_is_up_to_date():
+    assert methods_page() == (ROOT / "docs" / "methods.md").read_text(), (
+        "docs/methods.md is out of date: run `vtc methods --markdown > docs/methods.md`"
+    )
+
+
 @pytest.mark.parametrize(
     ("page", "table", "command"),
     [
-        ("docs/methods.md", methods_table, "vtc methods --markdown"),
+        ("docs/paradigm.md", steps_table, "vtc methods --markdown` under 'Filter, correlate, compress"),
         ("docs/models.md", models_table, "vtc models --markdown"),
     ],
 )

@@ -81,7 +81,7 @@ def vit_block(entering: int, leaving: int, attention: int, mlp: int, width: int)
     Example:
         >>> vit_b = dict(attention=4 * 768**2, mlp=8 * 768**2, width=768)
         >>> round(12 * vit_block(197, 197, **vit_b) / 1e9, 2)
-        34.9
+        34.89
     """
     return 2 * entering * attention + 4 * entering * entering * width + 2 * leaving * mlp
 

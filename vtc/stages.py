@@ -83,8 +83,8 @@ class Site:
     A float index is a share of the depth, for methods whose paper counts so; the engine makes it a layer of the model.
 
     Example:
-        >>> str(Site("layer", 2)), str(Site("tower_out")), str(Site("layer", 0.5).at_depth(32))
-        ('layer[2]', 'tower_out', 'layer[16]')
+        >>> str(Site("layer", 2)), str(Site("tower_out")), str(Site("layer", 0.5)), str(Site("layer", 0.5).at_depth(32))
+        ('layer[2]', 'tower_out', 'layer[50%]', 'layer[16]')
     """
 
     name: str
@@ -107,7 +107,9 @@ class Site:
         return replace(self, index=at_depth(self.index, layers)) if isinstance(self.index, float) else self
 
     def __str__(self) -> str:
-        return self.name if self.index is None else f"{self.name}[{self.index}]"
+        if self.index is None:
+            return self.name
+        return f"{self.name}[{self.index:.0%}]" if isinstance(self.index, float) else f"{self.name}[{self.index}]"
 
 
 def at_depth(index: int | float, layers: int) -> int:
@@ -190,6 +192,8 @@ class Stage:
             "park": they skip the layers k .. until - 1 and come back, unchanged, before layer `until`;
             "freeze": in layer k they are neither queries nor pass the MLP, but the others still see their keys and
             values of that layer.
+        before_mlp: layer[k] only: the stage acts inside layer k-1, between its attention and its MLP, which then runs on
+            what is left. Keys and values, and all later layers, are those of a stage before layer k.
         until: the layer before which parked tokens come back (a float is a share of the depth).
         evict: after the prefill, the caches of the layers evict .. k - 1 are cut to the tokens that enter layer k
             (a float is a share of the depth); None: they keep what they saw.
@@ -207,6 +211,7 @@ class Stage:
     carry: Callable[[Tokens], Tensor] | None = None
     proportional: bool = False
     leave: Literal["drop", "park", "freeze"] = "drop"
+    before_mlp: bool = False
     until: int | float | None = None
     evict: int | float | None = None
 
@@ -221,6 +226,8 @@ class Stage:
             raise SpecError(f"a stage at {self.site}: only stages at tower[i] carry something on to later blocks.")
         if self.pace is not None and (self.schedule is not None or self.site.name not in ("tower", "layer")):
             raise SpecError(f"a stage at {self.site}: a pace is for tower[i] and layer[k], and replaces the schedule.")
+        if self.before_mlp and (self.site.name != "layer" or self.leave != "drop"):
+            raise SpecError(f"a stage at {self.site}: before_mlp is for layer[k] stages that drop or merge.")
         if self.leave != "drop" and self.evict is not None:
             raise SpecError(f"a stage at {self.site}: only a stage that drops tokens can evict them from caches.")
 

@@ -6,24 +6,23 @@ from typing import Any
 from vtc.capabilities import capabilities
 from vtc.registry import describe, methods
 
-
 METHODS = """# Methods
 
-Written by `vtc methods --markdown > docs/methods.md`; `vtc methods --json` has all of this as data, with the options and
-defaults of each method and the reason of every refusal.
+Written by `vtc methods --markdown > docs/methods.md`; `vtc methods --json` has all of this as data, with the options
+and defaults of each method and the reason of every refusal.
 
-"golden" means equal to recorded outputs of the authors' own code, "paper" checked against its text, "reconstructed" that
-what was read left choices open, which are options of the method, "control" a baseline that every method has to beat.
-Count: "exact" methods meet the budget, for "adaptive" ones it is a ceiling. Families are those on which the default
-setting passes the checks of `vtc.patch`, tried on models with 32 decoder layers; the docstring of a method names options
-for the others, and `vtc doctor MODEL` says what runs on one checkpoint."""
+Fidelity: "golden" is equal to recorded outputs of the authors' own code, where the docstring names no exception;
+"paper" is checked against the text; "reconstructed": what was read left choices open, which are options of the method;
+"control": a baseline that every method has to beat. Count: "exact" methods meet the budget, for "adaptive" ones it is
+a ceiling. Families: where the default setting passes the checks of `vtc.patch`, tried on models with 32 decoder layers.
+The docstring of a method names options for the others, and `vtc doctor MODEL` says what runs on one checkpoint."""
 
 STEPS = """## Filter, correlate, compress"""
 
 PUBLISHED = """## Published numbers
 
-One for each paper, with what its budget counts and where it was read. None was measured here (`docs/results.md` has
-those), and averages over other benchmarks or other kinds of budget are not comparable."""
+One for each paper, with what its budget counts and where it was read. None was measured here ([results.md](results.md)
+has those), and averages over other benchmarks, or under other kinds of budget, are not comparable."""
 
 
 def methods_page() -> str:
@@ -36,13 +35,13 @@ def methods_table() -> str:
     rows = []
     for slug in methods():
         data = describe(slug, families=True)
-        needs = ", ".join(data["signals"]) or "features"
+        needs = filter(None, (", ".join(data["signals"]), data["requires"]))
         rows.append(
             (
                 f"`{slug}`",
                 _paper(data),
                 ", ".join(data["sites"]),
-                f"{needs}; {data['requires']}" if data["requires"] else needs,
+                "; ".join(needs) or "features",
                 "adaptive" if data["adaptive"] else "exact",
                 data["positions"],
                 _where(data),

@@ -21,6 +21,8 @@ def test_methods_as_json():
     rows = json.loads(done.stdout)
     assert [row["method"] for row in rows] == list(vtc.methods())
     assert {row["fidelity"] for row in rows} <= {"golden", "paper", "reconstructed", "control"}
+    # the command prints what the function returns, families included
+    assert rows == json.loads(json.dumps([vtc.describe(slug, families=True) for slug in vtc.methods()]))
 
 
 def test_models_as_json():

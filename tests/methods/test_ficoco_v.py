@@ -1,5 +1,6 @@
-"""FiCoCo-V's filter and correlate against the authors' code, and its features up to their re-sorting."""
+"""FiCoCo-V against the authors' code: what goes, where to, with which weight, and the features of every block."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 import vtc
 from vtc.adapter import adapter_for
 from vtc.engine.plan import make_plan
+from vtc.methods.ficoco_v import DIFFERENCES, FiCoCoV
 from vtc.testing import tiny
 from vtc.testing.golden import golden_cases
+from vtc.testing.tiny import PROMPTS
 from vtc.tokens import Layout
 
 FOLDER = Path(__file__).parents[1] / "golden"
 TOWER = [case for case in golden_cases("ficoco", FOLDER, kind="v_") if "merge_indices" in case]
-# recorded with the window state of earlier layers, which this implementation does not have; its first layer is plain
+# blocks that hand on the cells of the grid in which a maximum was found
 STATEFUL = [case for case in golden_cases("ficoco", FOLDER, kind="v_") if "l0_merge_indices" in case]
 
 
@@ -30,36 +33,105 @@ def tower_tokens(q, k, hidden, r):
     return vtc.Tokens.of(hidden, budget, layout, num_prefix=1, queries=q[None], keys=k[None])
 
 
-def edges(method, tokens):
-    """Which tokens go, and where to with which weight: [r] and [r, K] twice."""
+def check_block(method, tokens, recorded):
+    """One block of the recorded arrays; the features that go on to the next one."""
     keep = method.filter(tokens)
+    assert torch.equal(keep, recorded["remain_indices"])
+    merged = recorded["merge_indices"][0]
     links = method.correlate(tokens, keep)
-    count = links.source.shape[1] // (tokens.x.shape[1] - keep.shape[1])
-    return keep, *(part[0].view(-1, count) for part in links)
-
-
-@pytest.mark.parametrize("case", TOWER + STATEFUL, ids=str)
-def test_golden_tower(case):
-    first = "" if "q" in case else "l0_"
-    q, k = case[f"{first}q"], case[f"{first}k"]
-    hidden = case["hidden_states" if "hidden_states" in case else "l0_hidden_states"]
-    merged = case[f"{first}merge_indices"][0]
-    method = vtc.create("ficoco-v", variant="reference")
-    tokens = tower_tokens(q, k, hidden, len(merged))
-    if not first:
-        maxima = method.window_maxima(tokens, method.redundancy(tokens))[0].nonzero()[:, 0]
-        assert maxima.tolist() == sorted(case["penalised_tokens"].tolist())
-    keep, source, slot, weight = edges(method, tokens)
-    assert source[:, 0].tolist() == sorted(merged.tolist())
-    target, value = case[f"{first}target_indices"][0], case[f"{first}top_values_of_merged"]
-    value = value / value.sum(dim=1, keepdim=True)
+    source, slot, weight = (part[0].view(len(merged), -1) for part in links)
     order = merged.argsort()
-    for row, (targets, values) in enumerate(zip(target[order].tolist(), value[order], strict=True)):
-        for place, token in enumerate(targets):
-            stays = (keep[0] == token).nonzero()
-            assert slot[row, place] == (int(stays) if len(stays) else -1)
-            if len(stays):
-                torch.testing.assert_close(weight[row, place], values[place], atol=1e-5, rtol=1e-5)
+    assert torch.equal(source[:, 0], merged[order])
+    # a target is a place among the tokens before they are sorted, moved by r where it lies behind the new end
+    place, r = recorded["target_indices"][0][order], len(merged)
+    assert torch.equal(slot, torch.where(place >= tokens.x.shape[1] - r, place - r, place))
+    value = recorded["top_values_of_merged"][order]
+    torch.testing.assert_close(weight, value / value.sum(dim=1, keepdim=True), atol=1e-5, rtol=1e-5)
+    token_map = method.compress(tokens, keep, links)
+    assert token_map.anchor[0].tolist() == sorted(keep[0].tolist())
+    features = token_map.apply(tokens.x)
+    torch.testing.assert_close(features, recorded["out_hidden"], atol=1e-5, rtol=1e-5)
+    return features, token_map
+
+
+@pytest.mark.parametrize("case", TOWER, ids=str)
+def test_golden_tower(case):
+    method = vtc.create("ficoco-v", variant="reference")
+    tokens = tower_tokens(case["q"], case["k"], case["hidden_states"], case.number("r"))
+    penalised = sorted(case["penalised_tokens"].tolist())
+    redundancy = method.redundancy(tokens)
+    is_first, taken = method.free_maxima(tokens, redundancy)
+    assert is_first[0].nonzero()[:, 0].tolist() == taken[0].nonzero()[:, 0].tolist() == penalised
+    assert method.window_maxima(tokens, redundancy)[0].nonzero()[:, 0].tolist() == penalised  # the same in a full grid
+    check_block(method, tokens, case)
+
+
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_golden_blocks_hand_on_their_windows(case):
+    method = vtc.create("ficoco-v", variant="reference")
+    (stage,) = method.stages()
+    hidden, layout, carried = case["hidden_states"], None, {}
+    blocks = sum(key.endswith("_merge_indices") for key in case.arrays)
+    assert blocks > 1
+    for block in range(blocks):
+        names = ("q", "k", "merge_indices", "remain_indices", "target_indices", "top_values_of_merged", "out_hidden")
+        recorded = {name: case[f"l{block}_{name}"] for name in names}
+        plain = tower_tokens(recorded["q"], recorded["k"], hidden, case.number("r"))
+        layout = plain.layout if layout is None else layout
+        tokens = replace(plain, layout=layout, signals={**plain.signals, **carried})
+        hidden, token_map = check_block(method, tokens, recorded)
+        layout = layout.take(token_map.anchor)
+        carried = {"carried": stage.carry(tokens)}
+        assert int(carried["carried"].sum()) == case.number(f"l{block}_n_inf_state_after")
+
+
+def test_every_difference_is_an_option_of_its_own():
+    """Each one alone changes the decision, and the reference options together are the reference."""
+    case = TOWER[0]
+    tokens = tower_tokens(case["q"], case["k"], case["hidden_states"], case.number("r"))
+    carried = torch.zeros(1, 576, dtype=torch.bool).index_fill(1, torch.arange(0, 576, 5), True)
+    tokens = replace(tokens, signals={**tokens.signals, "carried": carried})
+
+    def features(**options):
+        return vtc.create("ficoco-v", **options).stages()[0].decide(tokens).apply(tokens.x)
+
+    paper, reference = features(), features(variant="reference")
+    for name, (first, second) in DIFFERENCES.items():
+        assert torch.equal(features(**{name: first}), paper)
+        assert not torch.equal(features(**{name: second}), paper)
+        assert not torch.equal(features(variant="reference", **{name: first}), reference)
+    assert torch.equal(features(**{name: second for name, (_, second) in DIFFERENCES.items()}), reference)
+    with pytest.raises(vtc.VTCError, match="order"):
+        vtc.create("ficoco-v", order="random")
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "three"])
+def test_the_engine_hands_on_what_a_block_took(prompts):
+    """Through a whole tower, against the blocks one after the other on what the engine gave the method."""
+    one = tiny("llava")
+    seen = []
+
+    @dataclass(frozen=True)
+    class Noting(FiCoCoV):
+        def free_maxima(self, tokens, redundancy):
+            found = super().free_maxima(tokens, redundancy)
+            seen.append((tokens.signals.get("carried"), found[1]))
+            return found
+
+    method = Noting(first=0, r=3, variant="reference", budget=vtc.Budget(tokens=4))
+    with vtc.compress(one.model, method), torch.no_grad():
+        one.model(**one.inputs(prompts))
+    assert len(seen) > 2
+    blocks = [seen[i] for i in range(0, len(seen), 2)]  # once to spread, once to hand on
+    assert blocks[0][0] is None
+    for (_, before), (carried, after) in zip(blocks, blocks[1:], strict=False):
+        assert torch.equal(carried, before)
+        assert bool((after | ~before).all())
+        assert bool((after.sum(1) > before.sum(1)).all())
+    with vtc.compress(one.model, method), torch.no_grad():
+        seen.clear()
+        one.model(**one.inputs(prompts))
+    assert seen[0][0] is None  # nothing is left of earlier images
 
 
 @pytest.mark.parametrize("case", TOWER, ids=str)
@@ -70,27 +142,6 @@ def test_golden_tower_terms(case):
     for lam, expected in ((1.0, patch), (0.0, -cls)):
         found = vtc.create("ficoco-v", lam=lam, attention="logits").redundancy(tokens)[0]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("case", TOWER, ids=str)
-def test_golden_tower_features_but_for_the_re_sorting(case):
-    """The recorded features are ours when its targets are moved to where its re-sorting put other tokens."""
-    hidden, r = case["hidden_states"], case.number("r")
-    length = hidden.shape[1]
-    merged, remain = case["merge_indices"][0], case["remain_indices"][0]
-    value = case["top_values_of_merged"] / case["top_values_of_merged"].sum(dim=1, keepdim=True)
-    method = vtc.create("ficoco-v", variant="reference")
-    tokens = tower_tokens(case["q"], case["k"], hidden, r)
-    place = case["target_indices"][0]
-    misplaced = torch.where(place >= length - r, place - r, place)
-    as_recorded = vtc.Links(
-        merged[:, None].expand_as(place).reshape(1, -1), misplaced.reshape(1, -1), value.reshape(1, -1)
-    )
-    token_map = method.compress(tokens, remain[None], as_recorded)
-    torch.testing.assert_close(token_map.apply(hidden), case["out_hidden"], atol=1e-5, rtol=1e-5)
-    # and with the right places the rule is the same, on other tokens
-    right = method.stages()[0].decide(tokens)
-    assert right.lengths == (length - r,) and right.anchor[0, 0] == 0
 
 
 def test_compress_keeps_half_of_a_token_that_takes_in_one():

@@ -23,8 +23,10 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 def played(case):
     start, count, heads = (case.number(name) for name in ("image_start", "image_len", "num_heads"))
+    head_dim = case["inputs_embeds"].shape[2] // heads
+    groups = case["w.layers.0.self_attn.k_proj.weight"].shape[0] // head_dim
     span = (start, start + count)
-    return replay(case, span, list(case["decode_embeds"]), num_attention_heads=heads, num_key_value_heads=heads), span
+    return replay(case, span, list(case["decode_embeds"]), num_attention_heads=heads, num_key_value_heads=groups), span
 
 
 def frozen(*layers):
@@ -36,23 +38,24 @@ def test_golden_end_to_end(case):
     run, span = played(case)
     head = case["lm_head"].T
     layers = tuple(case["replaced_layers"].tolist())
-    seen = {}
-
+    left = {}
     with vtc.compress(run.model, frozen(*layers)) as handle:
-        # behind the hooks of the handle, which put the rows together again
+        # behind the hooks of the handle, which put the rows of a frozen layer together again
         hooks = [
-            run.model.model.language_model.layers[index].register_forward_hook(
-                lambda module, args, output, name=name: seen.update({name: output})
-            )
-            for index, name in enumerate(("before", "out"))
+            layer.register_forward_hook(lambda module, args, output, index=index: left.update({index: output}))
+            for index, layer in enumerate(run.model.model.language_model.layers)
         ]
         out = run.prefill(handle)
         for hook in hooks:
             hook.remove()
-        torch.testing.assert_close(seen["out"], case["hidden_after_layer1"], **CLOSE)
+        entered = {0: case["inputs_embeds"], **{index + 1: output for index, output in left.items()}}
+        for name in case.arrays:
+            if name.startswith("hidden_after_layer"):
+                torch.testing.assert_close(left[int(name.removeprefix("hidden_after_layer"))], case[name], **CLOSE)
         image = slice(*span)
-        assert torch.equal(seen["out"][:, image], seen["before"][:, image])
-        assert not torch.equal(seen["out"][:, span[1] :], seen["before"][:, span[1] :])
+        for index, output in left.items():
+            assert torch.equal(output[:, image], entered[index][:, image]) == (index in layers)
+            assert not torch.equal(output[:, span[1] :], entered[index][:, span[1] :])
         torch.testing.assert_close(out.last_hidden_state @ head, case["prefill_logits"], **CLOSE)
         lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
         assert lengths == case["prefill_cache_len_per_layer"].tolist()

@@ -14,8 +14,9 @@ from vtc.adapter import Adapter
 from vtc.engine import freeze, layer_signals, masks, size_bias
 from vtc.engine.door import apply_step
 from vtc.engine.forward import FORWARD, Forward, LayerState, lookup, take
+from vtc.engine.halves import override, silence, silenced
 from vtc.engine.memory import Held
-from vtc.engine.plan import Plan, Step, check_biased
+from vtc.engine.plan import Plan, Step, check_biased, layer_of
 from vtc.engine.state import stopwatch
 from vtc.errors import SpecError
 
@@ -31,6 +32,12 @@ def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
     for index in range(first, len(adapter.layers)):
         hook = functools.partial(_enter_layer, adapter, plan, index)
         undo.append(adapter.layers[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
+    for index in sorted({layer_of(step) - 1 for step in plan.steps if step.stage.before_mlp}):
+        attention, mlp = adapter.projections(index)[0], adapter.layer_mlp(index)
+        override(attention, functools.partial(silenced, attention, True), undo)
+        override(mlp, functools.partial(silenced, mlp, False), undo)
+        run = functools.partial(_run_halves, adapter, plan, index, attention, mlp)
+        override(adapter.layers[index], run, undo)
     for index in plan.frozen:
         undo.append(adapter.layers[index].register_forward_hook(functools.partial(freeze.leave, index)).remove)
     # after the hooks above, so that what is captured is already cut
@@ -48,7 +55,7 @@ def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, ar
         _note_lengths(state, index)
     steps = plan.at("layer", index) if state.visual is not None else ()
     for step in steps:
-        if step.stage.leave != "freeze":
+        if step.stage.leave != "freeze" and not step.stage.before_mlp:
             own = functools.partial(_own_arguments, adapter, plan, state, index, hidden, kwargs)
             hidden = _run(adapter, step, index, state, hidden, own)
     cut = {**kwargs, **_arguments(adapter, plan, state, index, hidden, kwargs)}
@@ -57,6 +64,32 @@ def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, ar
         if step.stage.leave == "freeze":
             hidden, cut = freeze.enter(adapter, step, index, state, hidden, cut)
     return (hidden, *args[1:]), cut
+
+
+def _run_halves(
+    adapter: Adapter,
+    plan: Plan,
+    index: int,
+    attention: nn.Module,
+    mlp: nn.Module,
+    original: Callable[..., Any],
+    hidden: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The `forward` of layer `index` with the steps of the next one between its attention and its MLP."""
+    state = FORWARD.get()
+    if state is None or state.visual is None or not any(state.visual.lengths):
+        return original(hidden, *args, **kwargs)
+    with silence(mlp):
+        output = original(hidden, *args, **kwargs)
+    hidden = output[0] if isinstance(output, tuple) else output
+    for step in plan.at("layer", index + 1):
+        if step.stage.before_mlp:
+            # nothing of the next layer is read, which the plan has checked
+            hidden = _run(adapter, step, index + 1, state, hidden, dict)
+    with silence(attention):
+        return original(hidden, *args, **kwargs)
 
 
 def _own_arguments(

@@ -254,6 +254,11 @@ def _check_together(adapter: Adapter, steps: list[Step]) -> None:
                 raise SpecError(f"{step} and {frozen[layer_of(step)]} both freeze layer {layer_of(step)}. Keep one.")
             frozen[layer_of(step)] = step
     for step in inside:
+        if step.stage.before_mlp and layer_of(step) - 1 in frozen:
+            raise SpecError(
+                f"{step} acts inside layer {layer_of(step) - 1}, in which {frozen[layer_of(step) - 1]} freezes tokens. "
+                "Use before_mlp=False, or another layer."
+            )
         for signal in step.stage.signals:
             source = source_layer(layer_of(step), signal)
             # what a layer at the site would make is made for the stage alone, of all that enters it
@@ -270,7 +275,7 @@ def _check_together(adapter: Adapter, steps: list[Step]) -> None:
                     f"{other} evicts from layers in which {step} has tokens parked (until layer {step.stage.until}). "
                     f"Evict from layer {step.stage.until} on, or not at all."
                 )
-            overlaps = layer_of(step) <= layer_of(other) < step.stage.until
+            overlaps = layer_of(step) <= layer_of(other) - other.stage.before_mlp < step.stage.until
             if other is not step and other.stage.leave != "freeze" and overlaps:
                 raise SpecError(
                     f"{other} acts while {step} has tokens parked until layer {step.stage.until}. Let it act before "
@@ -296,6 +301,8 @@ def _check(adapter: Adapter, step: Step, companion: ClipCompanion | None) -> Non
         sources = [source_layer(0, signal) for signal in step.stage.signals]
         lowest = max((-source for source in sources if source is not None), default=0)
         first, why = (0, "") if step.stage.leave == "freeze" else adapter.lowest_layer
+        if step.stage.before_mlp:  # inside the layer before
+            lowest, first = max(lowest, 1), first and first + 1
         if lowest <= index < first:
             raise SpecError(f"{step}: {why}. The first layer where this stage can act is {first}, e.g. '@{first}'.")
         if not lowest <= index < count:
@@ -367,7 +374,11 @@ def _check_signal(adapter: Adapter, step: Step, signal: Signal, companion: ClipC
             raise SignalUnavailableError(f"{step} reads {name!r}: {reason}. Or use relevance='llm' of the method.")
         return
     if site.name == "layer" and name not in CARRIED:
-        latest = 0 if name in OUTPUTS else 1
+        latest = 0 if name in OUTPUTS or step.stage.before_mlp else 1
+        if name in OWN and step.stage.before_mlp:
+            raise SignalUnavailableError(
+                f"{step} reads {name!r} of layer {site.index}, and acts inside the layer before. Use before_mlp=False."
+            )
         if signal.layer > latest:
             raise SignalUnavailableError(
                 f"{step} reads {name!r} {signal.layer:+d} layers off, and what enters layer {site.index} can tell "

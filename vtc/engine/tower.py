@@ -1,20 +1,17 @@
 """The site `tower[i]`: a stage between the attention and the MLP of a block, and a tower that is short from there on.
 
-A pre-norm block is two residual halves, and a half whose module returns zeros is the identity. So the block's own code
-runs twice: with its MLP silenced it ends where the stage acts, and with its attention silenced it goes on from what the
-stage left. No block is written again here, and layer scales, dropout and norms stay the host's.
+The block's own code runs twice (`vtc.engine.halves`): with its MLP silenced it ends where the stage acts, and with its
+attention silenced it goes on from what the stage left.
 
 Later blocks run on what is left. Their attention gets a mask where groups differ in length, and log(size) of merged
 tokens where the stage asks for it. At the tower's exit every patch takes the features of the token it went into, so
 that whatever comes behind sees stock shapes; which of them go on is decided by `vtc.engine.encoder` from `decision`.
 """
 
-import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 
 from vtc.adapter import Attention, Halves
 from vtc.engine.groups import gather_signal, gather_tokens
+from vtc.engine.halves import is_silent, override, silence, silenced
 from vtc.engine.plan import Step
 from vtc.engine.state import run_step, stopwatch
 from vtc.errors import SpecError, UnsupportedFeatureError
@@ -36,9 +34,6 @@ Targets = Callable[[Step, tuple[int, ...]], tuple[int, ...]]
 
 #: attention implementations that take an additive mask
 MASKED = ("eager", "sdpa")
-
-#: the module whose output is zero in the running half of a block
-_SILENT: ContextVar[nn.Module | None] = ContextVar("vtc_silent", default=None)
 
 
 @dataclass(eq=False)
@@ -354,7 +349,7 @@ def attach(
         if index in steps:
             attention = attention_of(block)
             start = begin if index == min(steps) else None
-            override(halves.mlp, functools.partial(_silenced, halves.mlp), undo)
+            override(halves.mlp, functools.partial(silenced, halves.mlp, False), undo)
             run = functools.partial(_run_block, index, halves, attention, running, start)
             override(block, run, undo)
             names = {signal.name for step in steps[index] for signal in step.stage.signals}
@@ -368,35 +363,6 @@ _NEEDS = {
     "query": {"queries", "cls_attention", "received_attention"},
     "key": {"keys", "cls_attention", "received_attention"},
 }
-
-
-def override(module: nn.Module, call: Callable[..., Any], undo: list[Undo], name: str = "forward") -> None:
-    """Put `call(original, ...)` in the place of the method `name`, as an attribute of this one module."""
-    had = vars(module).get(name)
-    original = getattr(module, name)
-
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return call(original, *args, **kwargs)
-
-    setattr(module, name, replacement)
-
-    def restore() -> None:
-        if had is None:
-            delattr(module, name)
-        else:
-            setattr(module, name, had)
-
-    undo.append(restore)
-
-
-@contextlib.contextmanager
-def _silence(module: nn.Module) -> Iterator[None]:
-    token = _SILENT.set(module)
-    try:
-        yield
-    finally:
-        _SILENT.reset(token)
 
 
 def _run_block(
@@ -415,10 +381,10 @@ def _run_block(
         passage = begin(hidden)
     if passage is None or not passage.acts(index):
         return original(hidden, *args, **kwargs)
-    with _silence(halves.mlp):
+    with silence(halves.mlp):
         middle = original(passage.enter(index, hidden), *args, **kwargs)
     middle = passage.decide(index, middle, attention)
-    with _silence(halves.attention):
+    with silence(halves.attention):
         return original(middle, *args, **kwargs)
 
 
@@ -430,9 +396,8 @@ def _masked_attention(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if _SILENT.get() is halves.attention:
-        nothing = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
-        return (nothing, None) if halves.returns_tuple else nothing
+    if is_silent(halves.attention):
+        return silenced(halves.attention, halves.returns_tuple, original, *args, **kwargs)
     passage = running()
     if passage is not None:
         given = args[place] if len(args) > place else kwargs.get(halves.mask)
@@ -446,10 +411,6 @@ def _masked_attention(
             else:
                 kwargs[halves.mask] = mask
     return original(*args, **kwargs)
-
-
-def _silenced(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return torch.zeros_like(args[0]) if _SILENT.get() is module else original(*args, **kwargs)
 
 
 def _record(module: nn.Module, name: str, running: Callable[[], Passage | None], enters: bool) -> Undo:

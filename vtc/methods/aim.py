@@ -42,11 +42,12 @@ class AIM(Method):
       5 steps from a uniform start with the softmax at temperature 0.1, root of the mean square over heads. The number
       falls linearly from the budget to 0 at layer `last`. Text stays.
 
-    The budget is what enters the LLM; the paper's is 25 % for video and 12.5 % for an image. The published code masks
-    tokens in the LLM and computes on; here they are gone. There, masked rows go on as queries and start the PageRank
-    with their share, so that scores differ from the second cut on, and in the recorded run the 25th of 40 tokens. All
-    frames and images of a sample form one pool in the LLM. Attention is taken as causal, also where a
-    model lets image tokens see each other; under a causal mask PageRank favours early tokens.
+    The budget is what enters the LLM: 25 % for video in the published code, 12.5 % for an image by a digest of the
+    paper, whose text was not read. The published code masks tokens in the LLM and computes on; here they are gone.
+    There, masked rows go on as queries and start the PageRank with their share, so that scores differ from the second
+    cut on, and in the recorded run the 25th of 40 tokens. All frames and images of a sample form one pool in the LLM.
+    Attention is taken as causal, also where a model lets image tokens see each other; under a causal mask PageRank
+    favours early tokens.
 
     Args:
         layer: first layer that sees fewer tokens; 0: 15 of 28, as a share of the depth.

@@ -7,18 +7,27 @@ from torch import Tensor
 
 from vtc.errors import SpecError
 from vtc.kernels import attention_rows, received_attention
-from vtc.methods.ficoco_v import PAPER
+from vtc.methods.ficoco_v import PAPER, check_differences, follows_reference
 from vtc.primitives import even_pace, rest_of, self_preserving_merge, sum_merge, targets_above, top_links, topk_keep
 from vtc.registry import register
 from vtc.stages import Links, Method, Signal, Site, Stage, check_choice
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
+#: what differs between paper and published code: option -> (paper, reference)
+DIFFERENCES: dict[str, tuple[str, str]] = {
+    "among": ("mean", "sum"),
+    "first": ("free", "kept"),
+    "by_text": ("mean", "sum"),
+    "targets": ("kept", "all"),
+    "merge": ("mean", "sum"),
+}
+
 
 @register
 @dataclass(frozen=True)
 class FiCoCoL(Method):
-    """Redundant visual tokens are merged, by attention direct and by way of the text, before each later decoder layer.
+    """Redundant visual tokens are merged, by attention direct and by way of the text, inside each later decoder layer.
 
     "Filter, Correlate, Compress: Training-Free Token Reduction for MLLM Acceleration" (arXiv 2411.17686).
 
@@ -28,27 +37,35 @@ class FiCoCoL(Method):
       which C_ij reaches its `quantile`.
     - compress: x_j <- (x_j + sum_i alpha_ij x_i) / (1 + sum_i alpha_ij), alpha = C, made to sum to 1 over j.
 
-    The same number goes before each layer from `layer` on; it follows from the budget, or is `r` (the published code's
-    14), and the budget is then the least that stays. The paper merges between attention and MLP of a layer; here the
-    MLP of that layer still sees all, and keys and values are the same. Text tokens are those behind the image (all,
-    where none are).
+    The same number goes between attention and MLP of each layer from `layer` - 1 on, so that each layer from `layer`
+    on sees fewer tokens; it follows from the budget, or is `r` (the published code's 14), and the budget is then the
+    least that stays. The published code merges once more in the last layer, for the sake of its MLP alone. Text tokens
+    are those behind the image (all, where none are).
 
     The causal mask forbids visual tokens to see later text, and with it Eq. 3 has no text term. "softmax" takes what
     the text gives visual tokens, each side as probabilities among tokens of one kind; "logits" takes means of scaled
     logits without a mask, as the published code; on the embedded model both keep accuracy at 64 of 576 tokens in the
-    last layer (0.92 and 0.945, dense 0.945, 200 questions). `variant="reference"` is that code: a sum over visual
-    tokens where Eq. 3 has a mean, the first visual token always stays, C without the mean over the text and through a
-    softmax, targets chosen among all tokens (a share that falls on one that goes is lost), and x_j + sum_i alpha_ij
-    x_i without division.
+    last layer (0.92 and 0.945, dense 0.945, 200 questions; measured with merges behind the MLP).
+
+    The published code differs from the paper in five more places. Each is an option, "auto" is what `variant` says,
+    and `variant="reference"` equals all recorded arrays of that code. It also takes the first 576 tokens of the prompt
+    for the image, whatever they are, which is no option here.
 
     Args:
-        layer: first layer that sees fewer tokens; the published code merges after attention from layer 5 on.
+        layer: first layer that sees fewer tokens; the published code merges inside layer 5 first.
         beta: weight of redundancy against task relevance.
         gamma: weight of direct attention against attention by way of the text.
         quantile: epsilon, from which share of its correlation on a token receives from another.
         r: tokens merged per layer; 0: from the budget.
         attention: "softmax" or "logits".
-        variant: "paper" or "reference".
+        variant: "paper" or "reference", what "auto" means.
+        among: the "mean" of the attention over visual tokens (Eq. 3) or its "sum" (reference).
+        first: the first visual token may go ("free", paper) or always stays ("kept", reference).
+        by_text: the "mean" over text tokens (Eq. 4) or their "sum" (Algorithm 2, and reference).
+        targets: tokens that compete for merged ones, and of which the quantile is taken: those that stay ("kept",
+            paper) or all ("all", reference; a share that falls on one that goes is lost).
+        merge: the weighted "mean" (paper), or the "sum" x_j + sum_i alpha_ij x_i (reference).
+        half: where merges happen: between attention and MLP of a layer ("attention", both), or behind its MLP ("mlp").
     """
 
     slug = "ficoco-l"
@@ -74,10 +91,17 @@ class FiCoCoL(Method):
     r: int = 0
     attention: str = "logits"
     variant: str = "paper"
+    among: str = "auto"
+    first: str = "auto"
+    by_text: str = "auto"
+    targets: str = "auto"
+    merge: str = "auto"
+    half: str = "attention"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "variant", ("paper", "reference"))
+        check_differences(self, DIFFERENCES)
+        check_choice(self, "half", ("attention", "mlp"))
         check_choice(self, "attention", ("softmax", "logits"))
         for name in ("beta", "gamma", "quantile"):
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -98,18 +122,23 @@ class FiCoCoL(Method):
                 pool="sample",
                 budget=budget,
                 pace=self.pace,
+                before_mlp=self.half == "attention",
             ),
         )
 
+    def is_reference(self, name: str) -> bool:
+        """Whether option `name` is what the published code does."""
+        return follows_reference(self, name, DIFFERENCES)
+
     def pace(self, total: int, budget: int, step: int, steps: int) -> int:
-        """Tokens that stay after the stage before layer `step` of `steps`."""
+        """Tokens that enter layer `step` of the `steps` last ones."""
         if self.r:
             return max(budget, total - self.r * (step + 1))
         return even_pace(total, budget, step, steps)
 
     def filter(self, tokens: Tokens) -> Tensor:
         redundancy = self.redundancy(tokens)
-        if self.variant == "reference":
+        if self.is_reference("first"):
             redundancy = redundancy.clone()
             redundancy[:, 0] = -torch.inf
         return topk_keep(-redundancy, tokens.budget, mask=tokens.mask)
@@ -119,44 +148,42 @@ class FiCoCoL(Method):
         keys, is_text, queries = tokens.signal("keys"), self._text(tokens), tokens.signal("queries")
         index = rest.clamp(min=0)[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
         rows = queries.gather(2, index)
-        is_softmax = self._is_softmax
+        is_softmax = self.attention == "softmax"
         direct = attention_rows(rows, keys, mask=tokens.mask, softmax=is_softmax)
         to_text = attention_rows(rows, tokens.signal("text_keys"), mask=is_text, softmax=is_softmax)
         to_text = to_text.masked_fill(~is_text[:, None], 0)
         from_text = self._from_text(tokens).masked_fill(~is_text[..., None], 0)
         by_text = to_text @ from_text.masked_fill(~tokens.mask[:, None], 0)
-        if self.variant == "paper":
+        if not self.is_reference("by_text"):
             by_text = by_text / is_text.sum(dim=1).clamp(min=1)[:, None, None]
         weight = self.gamma * direct + (1.0 - self.gamma) * by_text
         if not is_softmax:
             itself = rest[..., None] == torch.arange(keys.shape[2], device=rest.device)
             weight = weight.masked_fill(itself | ~tokens.mask[:, None], -torch.inf).softmax(dim=2)
-        if self.variant == "reference":
+        if self.is_reference("targets"):
             counts = targets_above(self.quantile, tokens.lengths, strict=True)
             return top_links(weight, rest, keep, counts, only_kept=False)
         return top_links(weight, rest, keep, targets_above(self.quantile, tokens.budget))
 
     def compress(self, tokens: Tokens, keep: Tensor, links: Links | None) -> TokenMap:
-        return (sum_merge if self.variant == "reference" else self_preserving_merge)(tokens, keep, links)
+        return (sum_merge if self.is_reference("merge") else self_preserving_merge)(tokens, keep, links)
 
     def redundancy(self, tokens: Tokens) -> Tensor:
         """s of each visual token, [B, N]."""
         keys, queries, is_text = tokens.signal("keys"), tokens.signal("queries"), self._text(tokens)
         number = is_text.sum(dim=1, keepdim=True).clamp(min=1)
-        if self._is_softmax:
+        if self.attention == "softmax":
             among = received_attention(queries, keys, segments=torch.where(tokens.mask, 0, -1))
+            if self.is_reference("among"):
+                among = among * tokens.mask.sum(dim=1, keepdim=True)
             from_text = self._from_text(tokens).masked_fill(~is_text[..., None], 0).sum(dim=1) / number
         else:
             # sums of logits over a row are logits for the sum of the keys
             among = _row_sums(queries, keys, tokens.mask)
-            if self.variant == "paper":
+            if not self.is_reference("among"):
                 among = among / tokens.mask.sum(dim=1, keepdim=True)
             from_text = _row_sums(queries, tokens.signal("text_keys"), is_text) / number
         return (self.beta * among - (1.0 - self.beta) * from_text).masked_fill(~tokens.mask, 0)
-
-    @property
-    def _is_softmax(self) -> bool:
-        return self.attention == "softmax" and self.variant == "paper"
 
     def _text(self, tokens: Tokens) -> Tensor:
         """Which text tokens count: those behind the image, or all."""
@@ -167,7 +194,7 @@ class FiCoCoL(Method):
     def _from_text(self, tokens: Tokens) -> Tensor:
         """What each text token gives each visual token, [B, T, N]."""
         queries, keys = tokens.signal("text_queries"), tokens.signal("keys")
-        return attention_rows(queries, keys, mask=tokens.mask, softmax=self._is_softmax)
+        return attention_rows(queries, keys, mask=tokens.mask, softmax=self.attention == "softmax")
 
 
 def _row_sums(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:

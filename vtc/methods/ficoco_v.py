@@ -1,5 +1,6 @@
 """FiCoCo-V: filter, correlate, compress inside the vision tower."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,13 +30,31 @@ PAPER = Paper(
 )
 
 #: what differs between paper and published code: option -> (paper, reference)
-DIFFERENCES = {
+DIFFERENCES: dict[str, tuple[str, str]] = {
     "lam_on": ("patches", "cls"),
     "terms": ("plain", "normed"),
     "targets": ("kept", "all"),
     "order": ("raster", "score"),
     "windows": ("fresh", "carried"),
 }
+
+
+def check_differences(method: Method, differences: Mapping[str, tuple[str, str]]) -> None:
+    """Validate `variant` and the options in which paper and published code differ.
+
+    Raises:
+        SpecError: a value that neither of them has.
+    """
+    check_choice(method, "variant", ("paper", "reference"))
+    for name, choices in differences.items():
+        check_choice(method, name, ("auto", *choices))
+
+
+def follows_reference(method: Method, name: str, differences: Mapping[str, tuple[str, str]]) -> bool:
+    """Whether option `name` is what the published code does; "auto" is what the field `variant` says."""
+    value = getattr(method, name)
+    chosen: str = getattr(method, "variant")  # noqa: B009
+    return chosen == "reference" if value == "auto" else value == differences[name][1]
 
 
 @register
@@ -94,7 +113,7 @@ class FiCoCoV(Method):
     )
     fidelity = "golden"
     headline = (
-        "LLaVA-1.5-7B, 1.5 of 8.5 TFLOPs (64 tokens leave the tower, as others count it): 92.7 % of the full model's "
+        "LLaVA-1.5-7B, 1.5 of 8.5 TFLOPs (about 64 tokens leave the tower): 92.7 % of the full model's "
         "average over 6 benchmarks; table 1 of version 4 of the paper"
     )
     tags = frozenset({"merges", "needs_grid"})
@@ -116,9 +135,7 @@ class FiCoCoV(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "variant", ("paper", "reference"))
-        for name, choices in DIFFERENCES.items():
-            check_choice(self, name, ("auto", *choices))
+        check_differences(self, DIFFERENCES)
         check_choice(self, "attention", ("softmax", "logits"))
         if not 0.0 <= self.lam <= 1.0 or not 0.0 <= self.quantile <= 1.0:
             raise SpecError(f"lam={self.lam}, quantile={self.quantile} of method {self.slug!r}: numbers in [0, 1].")
@@ -131,14 +148,13 @@ class FiCoCoV(Method):
         site = Site("tower", 0.5 if self.first < 0 else self.first)
         budget = Budget(tokens=1) if self.r and self.budget is None else None
         signals = (Signal("keys"), Signal("queries"))
-        carry = self.taken if self.is_reference("windows") else None
+        carry = self.taken if self.penalty and self.is_reference("windows") else None
         stage = Stage(site, self.filter, self.correlate, self.compress, signals, budget=budget, pace=self.pace)
         return (replace(stage, carry=carry),)
 
     def is_reference(self, name: str) -> bool:
         """Whether option `name` is what the published code does."""
-        value = getattr(self, name)
-        return self.variant == "reference" if value == "auto" else value == DIFFERENCES[name][1]
+        return follows_reference(self, name, DIFFERENCES)
 
     def pace(self, total: int, budget: int, step: int, steps: int) -> int:
         """Tokens that stay after block `step` of `steps`."""

@@ -15,9 +15,9 @@ from vtc.stages import Method, Stage
 class FiCoCoVL(Method):
     """FiCoCo-V merges part of the tokens in the tower, FiCoCo-L the rest in the decoder.
 
-    In the first version only of "Filter, Correlate, Compress" (arXiv 2411.17686), which gives both halves their own
-    number per layer. How a budget is shared between them is not in it: here `share` of what has to go leaves in the
-    tower. All other options have their defaults; see `ficoco-v` and `ficoco-l`.
+    In the first version only of "Filter, Correlate, Compress" (arXiv 2411.17686), of which tables and captions were
+    read. Reconstructed from those: both halves at once. How the paper shares a budget between them is not known: here
+    `share` of what has to go leaves in the tower. All other options have their defaults; see `ficoco-v` and `ficoco-l`.
 
     Args:
         layer: first decoder layer that sees fewer tokens.

@@ -25,10 +25,10 @@ class GlobalCom2(Method):
     j gets the share R (1 + sigma_j - mean sigma) of its tokens. Inside a tile the score is the sum of two unit vectors
     over its tokens: its own scores, and those of the full image, resized to the tiles and without their padding.
 
-    The default ("paper") hands out exactly the budget of the image, by highest averages, and so meets it. The published
-    code ("reference") rounds each tile down, caps it at all of its tokens, and handles one image at a time. Its output
-    lists the tokens of the full image by score, and puts the kept tokens of padded tiles in wrong places; order and
-    places belong to the packing of the model here, where newlines stay with the tokens of their row.
+    The default ("paper") hands out exactly the budget of the image, by highest averages (ours), and so meets it. The
+    published code ("reference") rounds each tile down, caps it at all of its tokens, and handles one image at a time.
+    Its output lists the tokens of the full image by score, and puts the kept tokens of padded tiles in wrong places;
+    order and places belong to the packing of the model here, where newlines stay with the tokens of their row.
 
     An image without tiles has no thumbnail: its best tokens by the score stay.
 

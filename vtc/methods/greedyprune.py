@@ -19,9 +19,9 @@ class GreedyPrune(Method):
     """Greedy maximum of summed saliency under the constraint that kept tokens are pairwise unlike.
 
     "GreedyPrune: Retenting Critical Visual Token Set for Large Vision Language Models" (arXiv 2506.13166).
-    Reconstructed from the abstract, a review and the notes of a re-implementation by others; no official code exists
-    and the paper's text was not read. Known are the objective (maximise the summed saliency of M tokens whose cosine
-    similarities are at most a threshold) and that it is solved greedily. Ours, or the re-implementation's, are:
+    Reconstructed from the abstract, a review and the notes of a re-implementation by others; no official code was
+    found, and the paper's text was not read. Known are the objective (maximise the summed saliency of M tokens whose
+    cosine similarities are at most a threshold) and that it is solved greedily. Ours, or the re-implementation's, are:
     saliency is the cosine of token and last text token, the threshold, the layer, and that tokens fill up by saliency
     when no admissible one is left, so that the budget is met. States are compared after the LLM's final norm. Kept
     tokens stay in raster order with their original positions.

@@ -24,7 +24,7 @@ class HiRED(Method):
     one grid it has.
 
     The default ("paper") sums attention values over the region of the full image that a tile covers, and hands out
-    seats by highest averages (Sainte-Lague), so that the budget of an image is met exactly. The published code
+    seats by highest averages (Sainte-Lague, ours), so that the budget of an image is met exactly. The published code
     ("reference") counts the top int(N (1 - alpha)) tokens instead of summing, cuts the flat full image into
     contiguous chunks (horizontal bands, not the tiles' regions), and loses remainders and what exceeds a tile: fewer
     tokens stay than the budget says. What it does after the selection, laying tiles out with height and width of

@@ -21,8 +21,8 @@ class LearningFree(Method):
 
     "LFTR: Learning-Free Token Reduction for Multimodal Large Language Models" (arXiv 2501.17391, third version, for
     images). Reconstructed from the abstracts: "significance weights based on differences and similarities between
-    frames and patches" is all that is known; no formula was seen, the three versions differ, and code was never
-    public. Ours are the weight, the cells (as many as the budget, nearly equal, on the grid) and the average. The
+    frames and patches" is all that is known; no formula was seen, the three versions differ, and no code
+    could be had. Ours are the weight, the cells (as many as the budget, nearly equal, on the grid) and the average. The
     temporal part is not here yet. A merged token takes the place of its cell's middle token.
 
     Args:

@@ -22,18 +22,18 @@ class MustDrop(Method):
     """Windows of the grid whose patches have a high mean cosine similarity become one mean token each.
 
     "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model" (arXiv 2411.10803). Acts on
-    the output of the first block of the tower; all later blocks run on fewer tokens. `key_tokens` and
-    `dual_attention` are the decisions of its later parts (the set of tokens that is never dropped, and the filter
-    between decoder layers); the stages that run them in the LLM are not here yet. Merged tokens are plain means and
-    their size is not used later, as in the published code. [CLS] and incomplete windows at the border stay.
+    the output of the first block of the tower; all later blocks run on fewer tokens. `key_tokens` and `dual_attention`
+    are the decisions of its later parts (the set of tokens that is never dropped, and the filter between decoder
+    layers); the stages that run them in the LLM are those of `mustdrop-llm`. Merged tokens are plain means and their
+    size is not used later, as in the published code. [CLS] and incomplete windows at the border stay.
 
     The number of tokens follows from the content. Here the budget is a ceiling: where the threshold leaves more, the
     next most similar windows are merged too, and below one token per window the most uniform windows are dropped.
-    Neither is in the paper, which has no budget, and it costs: means of unlike patches after one block are poor input
-    for the others. On the embedded model (576 tokens) accuracy is 0.85 at 288 tokens and 0.24 at 64, where random
-    selection has 0.70 (200 questions). Order is raster order, and a merged token takes the middle patch's
-    place. The published code ("reference") merges the same number of windows, the smallest, in every image of the
-    batch, puts merged tokens in front by falling similarity, and has no ceiling.
+    Neither is in the published code, which has no budget, and it costs: means of unlike patches after one block are
+    poor input for the others. On the embedded model (576 tokens) accuracy is 0.85 at 288 tokens and 0.24 at 64, where
+    random selection has 0.70 (200 questions). Order is raster order, and a merged token takes the middle patch's place.
+    The published code ("reference") merges the same number of windows, the smallest, in every image of the batch, puts
+    merged tokens in front by falling similarity, and has no ceiling.
 
     Args:
         window: patches along each edge of a window.

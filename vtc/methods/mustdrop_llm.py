@@ -31,8 +31,8 @@ class MustDropLLM(Method):
     more than that. Positions are counted anew after each cut, as in the published code.
 
     The thresholds decide how many tokens stay, and the README tunes them per budget: 0.001 and 0.001 for a layer
-    average of 192 of 576 tokens, 0.0012 and 0.001 for 128, 0.011 and 0.01 for 64. A budget is not in the paper: here
-    it is a ceiling, to which the same share goes at each cut, key tokens last.
+    average of 192 of 576 tokens, 0.0012 and 0.001 for 128, 0.011 and 0.01 for 64. The code has no budget: here it is a
+    ceiling, to which the same share goes at each cut, key tokens last.
 
     Args:
         layers: layers from which on fewer tokens are seen (0-based, or as shares of the depth); (): behind layers 2, 6,

@@ -41,8 +41,9 @@ class PromptDistill(Method):
             image, which is not in the paper; "none".
         truncate_cache: stages, from the first, whose choice is also made in the caches of the layers before it, back
             to the stage before; -1: all of them, 0: none.
-        variant: "paper", where neighbours that do not exist do not count, or "reference": they count as logits of 0, as
-            in the published code, which moves scores at the borders towards 0.
+        variant: "paper", where neighbours that do not exist do not count (ours: of the paper the abstract was read), or
+            "reference": they count as logits of 0, as in the published code, which moves scores at the borders towards
+            0.
     """
 
     slug = "promptdistill"

@@ -27,7 +27,7 @@ class PyramidDrop(Method):
     The paper sets the ratio; here it follows from the budget k. "final": k tokens are left in the last stage, so that
     the main setting (ratio 0.5) is a budget of 12.5 %. "average": the paper's cost model, in which the mean over
     stages of equal length is k; the first stage is full, and what is less than its share cannot be met. The layers and
-    ratios behind the paper's rows of 192, 128 and 64 tokens are not published. All images of a sample form one pool
+    ratios behind the rows of 192, 128 and 64 tokens are not in the published code. All images of a sample form one pool
     (the published code takes one image).
 
     Args:

@@ -40,7 +40,7 @@ class ShortV(Method):
     distributions with and without its update of the visual tokens; `vtc calibrate shortv` measures it for a model.
 
     The budget is the share of layers in which visual tokens are updated: as many layers as it asks for are frozen, from
-    the front of the list. None: all of a published list or of `layers` (the paper: about 60 % of the layers). A
+    the front of the list. None: all of a published list or of `layers` (published: about 60 % of the layers). A
     calibration ranks every layer and needs a budget.
 
     Args:
@@ -65,7 +65,7 @@ class ShortV(Method):
     requires = "a ranking of the checkpoint's layers (published: LLaVA-1.5 and LLaVA-NeXT, 7B and 13B)"
     tags = frozenset({"permutation_equivariant"})
     at = "layers"
-    defaults = {"llava": 13 / 32}  # paper: 19 of 32 layers frozen
+    defaults = {"llava": 13 / 32}  # the published list: 19 of 32 layers frozen
 
     layers: tuple[int, ...] = ()
     calibration: str = "llava-1.5-7b"

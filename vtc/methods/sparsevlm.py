@@ -91,7 +91,7 @@ class SparseVLM(Method):
     tags = frozenset({"merges", "query_aware"})
     positions: ClassVar[Literal["original", "compact", "renumber"]] = "renumber"
     at = "layers"
-    defaults = {"llava": 192}  # paper, table 1: the first of three budgets
+    defaults = {"llava": 192}  # the first of the published lists
 
     lists: ClassVar[Lists] = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 

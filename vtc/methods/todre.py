@@ -19,7 +19,7 @@ class ToDRE(Method):
     """Greedy diversity of the LLM's input features, then all visual tokens leave where text ignores them.
 
     "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance" (arXiv 2505.18757, version 2). No
-    official code exists.
+    official code was found.
 
     Stage 1, before the LLM: each pick has the smallest summed cosine to those before it, the first one is the token
     that [CLS] attends to most in the tower's last layer. The first version's abstract speaks of greedy k-center, which

@@ -29,7 +29,7 @@ class VisionZip(Method):
     Args:
         contextual: share of the budget that is merged tokens; 10/64 in the published 64-token setting.
         score: "cls", or "received" for towers without [CLS]: the attention that a token receives from all others.
-        variant: "paper" averages and keeps raster order; "reference" is the published code.
+        variant: "paper" averages and keeps raster order (ours); "reference" is the published code.
     """
 
     slug = "visionzip"
