@@ -1,5 +1,6 @@
 """What the last compressed prefill did, in every counting convention that papers mix."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,10 +79,21 @@ class Report:
             f"  layer average      {span(tuple(round(v, 1) for v in self.layer_average))}",
             f"  LLM prefill FLOPs  {self.flops_dense / 1e9:.2f} G -> {self.flops / 1e9:.2f} G ({share:.1%})",
             f"  KV cache           {self.kv_bytes_dense / 2**20:.2f} MiB -> {self.kv_bytes / 2**20:.2f} MiB",
+            *([f"  KV cache by layer  {_runs(self.kv_bytes_per_layer)} KiB"] if len(set(self.kv_tokens)) > 1 else []),
             *(f"  selection {site:<9} {ms:.2f} ms" for site, ms in self.selection_ms.items()),
             *(f"  note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+
+def _runs(values: Sequence[int]) -> str:
+    """Bytes of consecutive layers in KiB: "586.0 x 2, 74.0 x 6".
+
+    Example:
+        >>> _runs([2048, 2048, 1024])
+        '2.0 x 2, 1.0 x 1'
+    """
+    return ", ".join(f"{value / 1024:.1f} x {len(list(run))}" for value, run in itertools.groupby(values))
 
 
 def lengths_by_layer(cuts: dict[int, list[int]], layers: int) -> tuple[tuple[int, ...], ...]:

@@ -192,8 +192,8 @@ class Stage:
             "park": they skip the layers k .. until - 1 and come back, unchanged, before layer `until`;
             "freeze": in layer k they are neither queries nor pass the MLP, but the others still see their keys and
             values of that layer.
-        before_mlp: layer[k] only: the stage acts inside layer k-1, between its attention and its MLP, which then runs on
-            what is left. Keys and values, and all later layers, are those of a stage before layer k.
+        before_mlp: layer[k] only: the stage acts inside layer k-1, between its attention and its MLP, which then runs
+            on what is left. Keys and values, and all later layers, are those of a stage before layer k.
         until: the layer before which parked tokens come back (a float is a share of the depth).
         evict: after the prefill, the caches of the layers evict .. k - 1 are cut to the tokens that enter layer k
             (a float is a share of the depth); None: they keep what they saw.
