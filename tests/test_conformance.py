@@ -40,7 +40,7 @@ VARIANTS = [
     "lvlm-csp(selector=cls, query=text)",
     "lvlm-csp(selector=random)",
     "star(relevance=logits)",
-    "topv(marginals=norm, importance=cost)",
+    "topv(marginals=norm, importance=max)",
     "topv(recover=0.0)",
     "todre(stage=2, tau=0.5)",
     "sparsity-meets-similarity(relevance=mean)",

@@ -19,6 +19,7 @@ from vtc.errors import InputError, unknown_name
 from vtc.eval import suites
 from vtc.eval.accuracy import Prepared
 from vtc.eval.loading import Loaded, load
+from vtc.methods.dymu import ThresholdFinder
 
 Inputs = Mapping[str, Any]
 
@@ -87,26 +88,71 @@ def _next_token(model: Any, inputs: Inputs) -> Tensor:
     return logits.double().log_softmax(dim=-1)
 
 
-def shortv(loaded: Loaded, prepared: Prepared) -> tuple[dict[str, Any], dict[str, Any]]:
+def shortv(loaded: Loaded, prepared: Prepared, keep: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options and numbers for ShortV: all layers by ascending contribution, the later one first on ties."""
+    if keep is not None:
+        raise InputError(
+            "--keep is for dymu: shortv keeps every token, and its budget says how many layers it freezes."
+        )
     scores = layer_contributions(loaded.model, prepared.batches)
     order = sorted(range(len(scores)), key=lambda layer: (scores[layer], -layer))
     return {"layers": order}, {"contribution": [float(f"{score:.4g}") for score in scores]}
 
 
+def merge_thresholds(model: nn.Module, batches: Iterable[Inputs], keep: int, schedule: str = "constant") -> list[float]:
+    """Thresholds of DyMU (arXiv 2504.17040), one per block of the vision tower that comes before the features.
+
+    Args:
+        model: the unpatched model.
+        batches: model inputs with images; the best pairs of a whole batch are merged, so batches should be large.
+        keep: patches that stay of each image (tile), on average.
+        schedule: how the merges spread over the blocks, as in DyMU.
+
+    Raises:
+        InputError: no batch, or `keep` is not below the number of patches.
+    """
+    encoder = adapter_for(model).encoders[0]
+    config: Any = encoder.tower.config
+    patches = (config.image_size // config.patch_size) ** 2
+    if not 0 < keep < patches:
+        raise InputError(f"keep={keep}: between 1 and {patches - 1} of the {patches} patches of an image can stay.")
+    finder = ThresholdFinder(total=patches - keep, blocks=encoder.reach, schedule=schedule)
+    with torch.inference_mode(), vtc.compress(model, finder, positions="original"):
+        for inputs in batches:
+            model(**inputs, use_cache=False)
+    if not any(finder.seen.values()):
+        raise InputError("a calibration needs at least one sample.")
+    return list(finder.thresholds)
+
+
+def dymu(loaded: Loaded, prepared: Prepared, keep: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options and numbers for DyMU: the thresholds that keep `keep` tokens on average."""
+    if keep is None:
+        raise InputError("dymu is calibrated to a number of tokens. Say how many stay on average: --keep 64.")
+    thresholds = [float(f"{value:.6g}") for value in merge_thresholds(loaded.model, prepared.batches, keep)]
+    return {"thresholds": thresholds}, {"keep": keep}
+
+
 #: method -> what finds its options and the numbers behind them
-CALIBRATIONS: Mapping[str, Callable[[Loaded, Prepared], tuple[dict[str, Any], dict[str, Any]]]] = {"shortv": shortv}
+CALIBRATIONS: Mapping[str, Callable[[Loaded, Prepared, int | None], tuple[dict[str, Any], dict[str, Any]]]] = {
+    "dymu": dymu,
+    "shortv": shortv,
+}
 
 
-def calibrate(method: str, loaded: Loaded, suite: suites.Suite, batch_size: int = 8) -> Calibration:
+def calibrate(
+    method: str, loaded: Loaded, suite: suites.Suite, batch_size: int = 8, keep: int | None = None
+) -> Calibration:
     """Calibrate `method` for a model on the prompts of a suite; the same suite gives the same result.
+
+    `keep` is the number of tokens that stay on average, for methods that are calibrated to one (dymu).
 
     Raises:
         SpecError: the method needs no calibration.
     """
     if method not in CALIBRATIONS:
         raise unknown_name("method with a calibration", method, CALIBRATIONS, "vtc calibrate --help")
-    options, measured = CALIBRATIONS[method](loaded, Prepared(loaded, suite, batch_size))
+    options, measured = CALIBRATIONS[method](loaded, Prepared(loaded, suite, batch_size), keep)
     return Calibration(method, loaded.name, options, measured, suite.about)
 
 
@@ -122,6 +168,7 @@ def calibrate_command(
     ] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the drawn questions.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one forward.")] = 8,
+    keep: Annotated[int | None, typer.Option(min=1, help="dymu: tokens of an image that stay on average.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... None: a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     as_json: Json = False,
@@ -129,9 +176,11 @@ def calibrate_command(
     """Measure what a method needs to know about a model, on validation scenes or your own questions."""
     if method not in CALIBRATIONS:
         raise unknown_name("method with a calibration", method, CALIBRATIONS, "vtc calibrate --help")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {str(out)!r}: there is no folder {str(out.absolute().parent)!r}. Create it first.")
     # no test scenes: what is chosen here is measured on those
     suite = suites.scenes(per_category, seed, split="val") if data is None else suites.from_file(data)
-    found = calibrate(method, load(model, device, dtype), suite, batch_size)
+    found = calibrate(method, load(model, device, dtype), suite, batch_size, keep)
     found.write(out)
     if as_json:
         print_json(asdict(found))

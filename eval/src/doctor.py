@@ -67,9 +67,9 @@ def examine(model: Any, name: str) -> Diagnosis:
     adapter = adapter_for(model)
     runs, refused = [], {}
     for slug in methods():
-        method = create(slug, budget=vtc.Budget(tokens=64))
+        method = create(slug, budget=vtc.Budget(ratio=0.5))  # a share has a meaning for every method
         try:
-            make_plan(adapter, (method,), "auto", size_bias=False)
+            make_plan(adapter, (method,), "auto", size_bias=None)
         except VTCError as error:
             refused[slug] = str(error)
         else:

@@ -65,3 +65,31 @@ def test_refused_before_anything_is_measured(arguments, error, message, tmp_path
 def test_no_samples():
     with pytest.raises(errors.InputError, match="at least one sample"):
         calibrate.layer_contributions(load().model, [])
+
+
+def test_thresholds_of_dymu_keep_so_many_tokens_on_average(tmp_path):
+    """The finder's own images keep the number that was asked for; scenes of another seed come near it."""
+    out = tmp_path / "dymu.json"
+    done = call("dymu", "--keep", "150", "--out", str(out), "--per-category", "2", "--batch-size", "16", "--json")
+    assert done.exit_code == 0, done.output
+    thresholds = json.loads(out.read_text())["options"]["thresholds"]
+    assert all(0 <= value <= 1 for value in thresholds)
+    loaded = load()
+    items = suites.scenes(1, seed=3, split="val").items
+    left = []
+    with vtc.compress(loaded.model, f"dymu(calibration={out})", unmerge=False) as handle:
+        for item in items:
+            loaded.model(**loaded.inputs(item.image, item.question))
+            left += handle.report.entering
+    assert len(set(left)) > 1, "the count follows the image"
+    assert 75 < sum(left) / len(left) < 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("dymu",), "--keep 64"), (("dymu", "--keep", "576"), "between 1 and 575"), (("shortv", "--keep", "5"), "dymu")],
+)
+def test_keep_belongs_to_dymu(arguments, message, tmp_path):
+    done = call(*arguments, "--out", str(tmp_path / "o.json"), "--per-category", "1")
+    assert isinstance(done.exception, errors.InputError)
+    assert message in str(done.exception)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vtc.calibration import stored_options
 from vtc.errors import SpecError
 from vtc.kernels import bipartite_match
 from vtc.primitives import bipartite_keep, bipartite_links, settle, size_weighted_merge
@@ -43,14 +44,17 @@ class DyMU(Method):
     tokens at most, so simple images keep fewer tokens. In the LLM merged tokens attend at all their places
     (`vtc.patch(..., unmerge=False)` turns that off), which saves compute and no KV cache.
 
-    Thresholds belong to one checkpoint of a vision tower: `vtc calibrate dymu` finds them, and the number of
-    tokens is theirs to decide, so a budget beside them is an error. Without thresholds each image is calibrated on
-    itself: block by block as many pairs merge as lead to the budget, the same number for every image.
+    Thresholds belong to one checkpoint of a vision tower: `vtc calibrate dymu --keep 64` finds those that keep so many
+    tokens on average, and the number of tokens is theirs to decide, so a budget beside them is an error. Without
+    thresholds each image is calibrated on itself: block by block as many pairs merge as lead to the budget, the same
+    number for every image.
 
     The published code divides by (size + 1e-4) where several crops make a batch; here every mean divides by the size.
 
     Args:
         thresholds: one cosine per block, from the first on; blocks behind the last one merge nothing.
+        calibration: instead, a model card that has thresholds (scenes-llava, the embedded model), or the path of a file
+            that `vtc calibrate dymu` wrote.
         first: the first block that merges (0-based).
         schedule: without thresholds, how the merges spread over the blocks: "constant" (the paper's), "linear"
             (falling) or "reverse_linear".
@@ -75,6 +79,7 @@ class DyMU(Method):
     at = "first"
 
     thresholds: tuple[float, ...] = ()
+    calibration: str = ""
     first: int = 0
     schedule: str = "constant"
     proportional: bool = True
@@ -86,17 +91,28 @@ class DyMU(Method):
             raise SpecError(f"first={self.first} of method 'dymu': a block is a number from 0 on.")
         if any(not -1.0 <= value <= 1.0 for value in self.thresholds):
             raise SpecError(f"thresholds={self.thresholds} of method 'dymu': cosines lie between -1 and 1.")
-        if self.thresholds and self.budget is not None:
+        if self.thresholds and self.calibration:
+            raise SpecError("method 'dymu' has thresholds and a calibration. Leave out one of them.")
+        if self.found() and self.budget is not None:
             raise SpecError(
                 f"method 'dymu' has thresholds and the budget {self.budget}, but the thresholds decide how many tokens "
                 "stay. Leave out one of them."
             )
 
+    def found(self) -> tuple[float, ...]:
+        """The thresholds, given or calibrated; (): none.
+
+        Raises:
+            SpecError: there is no such calibration.
+        """
+        return tuple(stored_options(self.slug, self.calibration)["thresholds"]) if self.calibration else self.thresholds
+
     def stages(self) -> tuple[Stage, ...]:
-        if self.thresholds:
+        thresholds = self.found()
+        if thresholds:
             return tuple(
                 self._stage(_Block(threshold).filter, self.first + i, budget=Budget(tokens=1))
-                for i, threshold in enumerate(self.thresholds)
+                for i, threshold in enumerate(thresholds)
             )
         return (self._stage(filter_to_budget, self.first, pace=self.pace),)
 
@@ -173,7 +189,8 @@ class _Batch:
         """The best pairs of the whole batch merge; the best of the others is noted."""
         value = similarity(tokens)
         ordered = value.flatten().sort(descending=True, stable=True)
-        edges = min(self.count * len(value), value.numel() - 1)
+        pairs = int(value.isfinite().sum())  # the others have no partner
+        edges = min(self.count * len(value), pairs, value.numel() - 1)
         self.found.append(max(0.0, float(ordered.values[edges])))
         group = ordered.indices[:edges] // value.shape[1]
         return bipartite_keep(tokens, value, group.bincount(minlength=len(value)).tolist())

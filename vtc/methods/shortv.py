@@ -1,11 +1,8 @@
 """ShortV: visual tokens are not updated in the layers that contribute least."""
 
-import importlib.resources
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from vtc.calibration import stored_options
 from vtc.errors import BudgetError, SpecError
 from vtc.registry import register
 from vtc.stages import Method, Paper, Site, Stage, nothing
@@ -24,9 +21,6 @@ PUBLISHED: dict[str, tuple[int, tuple[int, ...]]] = {
         (39, 32, 29, 36, 27, 30, 37, 23, 25, 31, 26, 2, 28, 22, 33, 35, 34, 24, 38, 21, 20, 18, 1, 17),
     ),
 }
-
-#: what a stored calibration is called in the folder of a model card
-FILE = "shortv.json"
 
 
 @register
@@ -87,14 +81,13 @@ class ShortV(Method):
             return None, self.layers
         if self.calibration in PUBLISHED:
             return PUBLISHED[self.calibration]
-        card = Path(str(importlib.resources.files("vtc.model_cards"))) / self.calibration / FILE
-        path = card if card.is_file() else Path(self.calibration)
-        if not path.is_file():
+        order = tuple(stored_options(self.slug, self.calibration, PUBLISHED).get("layers", ()))
+        if not order or sorted(order) != list(range(len(order))):
             raise SpecError(
-                f"calibration={self.calibration!r} of method 'shortv' is neither a file nor one of: "
-                f"{', '.join(PUBLISHED)}. `vtc calibrate shortv --out layers.json` writes one for any model."
+                f"calibration={self.calibration!r} of method 'shortv' is no ranking of layers. Write one with "
+                "`vtc calibrate shortv --out layers.json`."
             )
-        return read_calibration(path)
+        return len(order), order
 
     def stages(self) -> tuple[Stage, ...]:
         """All layers of the list; `stages_in` cuts it to the budget."""
@@ -135,22 +128,6 @@ class ShortV(Method):
                 "every layer (`vtc calibrate shortv`)."
             )
         return _freeze(order[:count])
-
-
-def read_calibration(path: Path) -> tuple[int, tuple[int, ...]]:
-    """Depth and order of the layers in a file that `vtc calibrate shortv` wrote.
-
-    Raises:
-        SpecError: it is no such file.
-    """
-    try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-        order = tuple(data["options"]["layers"]) if data["method"] == "shortv" else ()
-    except (OSError, ValueError, KeyError, TypeError):
-        order = ()
-    if not order or sorted(order) != list(range(len(order))):
-        raise SpecError(f"{str(path)!r} is no ranking of layers. Write one with `vtc calibrate shortv --out {path}`.")
-    return len(order), order
 
 
 def _freeze(layers: tuple[int, ...]) -> tuple[Stage, ...]:

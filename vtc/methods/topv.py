@@ -1,4 +1,4 @@
-"""TopV-style pruning: how much a token gives in an optimal transport from a layer's input to its normed output."""
+"""TopV-style pruning: the tokens of cheapest transport from what enters a layer to what its MLP reads."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ ITERATIONS = 3
 @register
 @dataclass(frozen=True)
 class TopV(Method):
-    """Top-k of the transport plan between what enters a layer and what its MLP reads, and some of the rest by place.
+    """Top-k by optimal transport between what enters a layer and what its MLP reads, and some of the rest by place.
 
     "TopV: Compatible Token Pruning with Inference Time Optimization for Fast and Low-Memory Multimodal Vision Language
     Model" (arXiv 2503.18278). In the style of that paper, reconstructed from notes on it. Cost of moving source i to
@@ -42,8 +42,8 @@ class TopV(Method):
         sigma: width of the distance between places, in patches.
         epsilon: weight of the entropy.
         marginals: "uniform", or "norm": a source has a mass in proportion to the L2 norm of its state.
-        importance: "max": the largest entry of a row of the plan; "cost": what its transport saves, the sum of P (-C)
-            over the row, for one unit of mass.
+        importance: "cost": the sum of P (-C) over a row of the plan, for one unit of mass; "max": the largest entry of
+            the row, which tokens at the border have, as few are near them.
         recover: share of the tokens that stay which is spread over the others.
     """
 
@@ -54,7 +54,7 @@ class TopV(Method):
         "2503.18278",
         "CVPR 2025",
     )
-    steps = ("top entries of a transport plan, and even places of the rest", "none", "drop")
+    steps = ("cheapest transport to what the MLP reads, and even places of the rest", "none", "drop")
     fidelity = "reconstructed"
     headline = (
         "LLaVA, 50 % fewer FLOPs: 1.68 times as fast, 49 % less memory (no accuracy was read); as copied in notes on "
@@ -70,13 +70,13 @@ class TopV(Method):
     sigma: float = 10.0
     epsilon: float = 0.1
     marginals: str = "uniform"
-    importance: str = "max"
+    importance: str = "cost"
     recover: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "marginals", ("uniform", "norm"))
-        check_choice(self, "importance", ("max", "cost"))
+        check_choice(self, "importance", ("cost", "max"))
         for name in ("sigma", "epsilon"):
             if getattr(self, name) <= 0:
                 raise SpecError(f"{name}={getattr(self, name)} of method {self.slug!r}: a number above 0.")

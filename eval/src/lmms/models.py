@@ -71,7 +71,7 @@ class Compressed:
         method: str | None = None,
         budget: int | float | str | None = None,
         positions: str = "auto",
-        size_bias: bool = False,
+        size_bias: bool | None = None,
         **kwargs: Any,
     ) -> None:
         with must_not_be_swallowed(f"setting up {type(self).__name__}"):
