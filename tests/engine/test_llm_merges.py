@@ -1,4 +1,4 @@
-"""Merges at the door and inside the LLM: before a layer or before its MLP, and with log(size) on the keys from there on.
+"""Merges at the door and in the LLM: before a layer or before its MLP, and with log(size) on the keys from there on.
 
 Expected is the stock model on full-length hidden states, with the same means written into them.
 """
@@ -222,6 +222,17 @@ def early(layer, *signals):
 def test_refusals_before_the_mlp(sdpa_llava, stages, message):
     with pytest.raises(errors.VTCError, match=message):
         vtc.patch(sdpa_llava.model, GivenStages(given=stages()))
+
+
+def test_no_merge_between_a_layer_and_its_deepstack_features():
+    """DeepStack adds to all visual tokens behind its last layer, so the half before belongs to it."""
+    one = tiny("qwen3_vl")
+    first, _ = adapter_for(one.model).lowest_layer
+    assert first > 0
+    with pytest.raises(errors.SpecError, match=f"@{first + 1}"):
+        vtc.patch(one.model, GivenStages(given=(early(first),)))
+    with vtc.compress(one.model, GivenStages(given=(early(first + 1),))), torch.no_grad():
+        one.model(**one.inputs())
 
 
 def test_second_turn_keeps_the_sizes_of_each_layer(llava):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import vtc
+from vtc.methods.ficoco_l import DIFFERENCES
+from vtc.testing import tiny
 from vtc.testing.golden import golden_cases
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -55,6 +57,44 @@ def test_golden_llm(case):
                 torch.testing.assert_close(weight[row, place], values[place], atol=1e-5, rtol=1e-5)
     features = method.stages()[0].decide(tokens).apply(hidden)
     torch.testing.assert_close(features, case["out_hidden_visual"], atol=1e-5, rtol=1e-5)
+
+
+def test_every_difference_is_an_option_of_its_own():
+    """Each one alone changes a figure, and the reference options together are the reference."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"queries": 600, "keys": 600, "text_queries": 5, "text_keys": 5}
+    signals = {name: torch.randn(1, 2, n, 4, generator=generator) for name, n in shapes.items()}
+    signals["keys"][:, :, 0] = signals["queries"].mean(dim=2)  # the first token is redundant
+    signals["queries"][:, :, 0] = 3 * signals["keys"].sum(dim=2)
+    text = torch.ones(1, 5, dtype=torch.bool)
+    x = torch.randn(1, 600, 4, generator=generator)
+    tokens = vtc.Tokens.of(x, 400, **signals, text_after=text, text_mask=text)
+
+    def features(**options):
+        return vtc.create("ficoco-l", **options).stages()[0].decide(tokens).apply(x)
+
+    paper, reference = features(), features(variant="reference")
+    for name, (first, second) in DIFFERENCES.items():
+        assert torch.equal(features(**{name: first}), paper)
+        assert not torch.equal(features(**{name: second}), paper)
+    assert torch.equal(features(**{name: second for name, (_, second) in DIFFERENCES.items()}), reference)
+    assert not torch.equal(features(), features(attention="softmax"))
+    with pytest.raises(vtc.VTCError, match="merge"):
+        vtc.create("ficoco-l", merge="max")
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_merges_inside_the_layer_or_behind_it(half):
+    (stage,) = vtc.create("ficoco-l", layer=2, half=half).stages()
+    assert stage.before_mlp == (half == "attention")
+    one, found = tiny("llava"), {}
+    mlp = one.model.model.language_model.layers[1].mlp
+    hook = mlp.register_forward_hook(lambda module, args, output: found.update(rows=args[0].shape[1]))
+    with vtc.compress(one.model, vtc.create("ficoco-l", layer=2, budget=4, half=half)) as handle, torch.no_grad():
+        one.model(**one.inputs())
+    hook.remove()
+    assert [n for (n,) in handle.report.per_layer] == [16, 16, 10, 4]
+    assert found["rows"] == 8 + (10 if half == "attention" else 16)
 
 
 def test_text_behind_the_image_counts_and_all_where_none_follows():

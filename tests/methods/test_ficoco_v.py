@@ -1,6 +1,7 @@
 """FiCoCo-V against the authors' code: what goes, where to, with which weight, and the features of every block."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_the_engine_hands_on_what_a_block_took(prompts):
     assert len(seen) > 2
     blocks = [seen[i] for i in range(0, len(seen), 2)]  # once to spread, once to hand on
     assert blocks[0][0] is None
-    for (_, before), (carried, after) in zip(blocks, blocks[1:], strict=False):
+    for (_, before), (carried, after) in pairwise(blocks):
         assert torch.equal(carried, before)
         assert bool((after | ~before).all())
         assert bool((after.sum(1) > before.sum(1)).all())

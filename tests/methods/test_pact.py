@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 import vtc
+from vtc.engine.masks import causal
+from vtc.engine.size_bias import added
 from vtc.primitives import slot_of
 from vtc.testing.golden import golden_cases
 
@@ -106,6 +109,31 @@ def test_golden_layer(case):
     # the published code takes the logarithm in float16
     bias = torch.zeros(len(position)).index_copy(0, torch.arange(len(sizes)) + start, sizes.log())
     torch.testing.assert_close(bias, case["log_weights"], atol=6e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", LAYER, ids=str)
+def test_golden_layer_output_with_log_sizes(case):
+    """A stock decoder layer with the recorded weights, under the mask that the engine hands to it."""
+    hidden, heads = case["hidden_reduced"][None], case.number("num_heads")
+    config = Qwen2Config(
+        hidden_size=hidden.shape[2],
+        intermediate_size=case["w_mlp.gate_proj.weight"].shape[0],
+        num_attention_heads=heads,
+        num_key_value_heads=case.number("num_kv_heads"),
+        rms_norm_eps=case.number("rms_eps"),
+        rope_parameters={"rope_type": "default", "rope_theta": float(case.number("rope_theta"))},
+    )
+    bias = case["log_weights"][None]
+    valid = torch.ones_like(bias, dtype=torch.bool)
+    for attention in ("eager", "sdpa"):
+        config._attn_implementation = attention
+        layer = Qwen2DecoderLayer(config, 0).eval()
+        layer.load_state_dict({key[2:]: case[key] for key in case.arrays if key.startswith("w_")})
+        mask = added(causal(valid, hidden.shape[1], hidden.dtype, attention), bias, hidden.dtype)
+        rotation = Qwen2RotaryEmbedding(config)(hidden, case["pos_reduced"][None])
+        with torch.no_grad():
+            out = layer(hidden, attention_mask=mask, position_embeddings=rotation)
+        torch.testing.assert_close(out[0], case["layer_out"], atol=1e-5, rtol=1e-5)
 
 
 def test_ceiling_keeps_the_first_centres():

@@ -81,12 +81,13 @@ class FiCoCoV(Method):
     questions).
 
     The published code differs from the paper in five more places. Each is an option, "auto" is what `variant` says,
-    and `variant="reference"` equals all recorded arrays of that code. What it does is not always meant: with
-    `order="score"` the tokens that stay are sorted by score and [CLS] comes last, while merged features are added at
-    the places of the order before. So they land on other tokens, from the second block on a patch is taken for [CLS],
-    and the LLM gets [CLS] in the place of that patch. With `windows="carried"` a cell of the grid in which a window's
-    maximum was found is out for later blocks, and the n scores of a block fill the free cells from the first one on,
-    whichever tokens they belong to. The code never resets this, here it begins anew with every image.
+    and `variant="reference"` equals all recorded arrays of that code (0.765 on the same questions). What it does is
+    not always meant: with `order="score"` the tokens that stay are sorted by score and [CLS] comes last, while merged
+    features are added at the places of the order before. So they land on other tokens (on none where more tokens go
+    than stay), from the second block on a patch is taken for [CLS], and the LLM gets [CLS] in the place of that patch.
+    With `windows="carried"` a cell of the grid in which a window's maximum was found is out for later blocks, and the
+    n scores of a block fill the free cells from the first one on, whichever tokens they belong to. The code never
+    resets this, here it begins anew with every image.
 
     Args:
         lam: weight of redundancy against [CLS] attention.
@@ -198,7 +199,8 @@ class FiCoCoV(Method):
         links = top_links(weight, rest, places, counts, only_kept=False)
         # the place before the sorting, moved by the number of tokens that go where it lies behind the new end
         end, gone = (torch.tensor(part, device=keep.device)[:, None] for part in (kept, self._gone(tokens)))
-        return links._replace(slot=torch.where(links.slot >= end, links.slot - gone, links.slot))
+        slot = torch.where(links.slot >= end, links.slot - gone, links.slot).clamp(min=-1)
+        return links._replace(slot=slot, weight=links.weight.masked_fill(slot < 0, 0))
 
     def compress(self, tokens: Tokens, keep: Tensor, links: Links | None) -> TokenMap:
         token_map = self_preserving_merge(replace(tokens, budget=tuple(self._kept(tokens))), keep, links)
