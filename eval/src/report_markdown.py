@@ -30,9 +30,7 @@ PHASE_COLUMNS = (
 def markdown(result: Result, methods: Sequence[str] | None = None) -> str:
     """One row per method, one column per budget, Wilson 95 % intervals; `methods` are the rows, None: all."""
     cells = {
-        name: cell
-        for name, cell in _answered(result).items()
-        if methods is None or method_of(name, cell) in methods
+        name: cell for name, cell in _answered(result).items() if methods is None or method_of(name, cell) in methods
     }
     budgets = list(dict.fromkeys(budget_of(name, cell) for name, cell in cells.items()))
     specs = list(dict.fromkeys(method_of(name, cell) for name, cell in cells.items()))

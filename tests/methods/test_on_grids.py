@@ -21,9 +21,9 @@ METHODS = [
     ("mustdrop", {"threshold": 0.1}),
     ("pact", {"cutoff": 0.7}),
     ("pact", {"cutoff": 0.0, "keep": 1.0}),
-    ("sparsity-meets-similarity", {}),
-    ("sparsity-meets-similarity", {"inflection": "maxdiff2"}),
-    ("sparsity-meets-similarity", {"inflection": "lof"}),
+    ("sparsity-meets-similarity", {"stage": "1"}),
+    ("sparsity-meets-similarity", {"stage": "1", "inflection": "maxdiff2"}),
+    ("sparsity-meets-similarity", {"stage": "1", "inflection": "lof"}),
     ("tokencorr", {}),
     ("tokencorr", {"threshold": 0.1, "repeats": 5}),
 ]
