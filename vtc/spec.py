@@ -50,7 +50,7 @@ def parse(
             raise SpecError(f"a spec is a string, a method or a list of methods, not {spec!r}.")
     if budget is not None:
         default = Budget.of(budget)
-        found = [_with_budget(method, default) if method.budget is None else method for method in found]
+        found = [_with_budget(m, default) if m.budget is None and m.wants_budget else m for m in found]
     return tuple(found)
 
 

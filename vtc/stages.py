@@ -309,6 +309,11 @@ class Method:
 
     budget: Budget | None = dataclasses.field(default=None, kw_only=True)
 
+    @property
+    def wants_budget(self) -> bool:
+        """Whether a budget given for all methods together is meant for this one too."""
+        return True
+
     def __post_init__(self) -> None:
         """Validate; subclasses extend it."""
         if self.budget is not None and not isinstance(self.budget, Budget):

@@ -103,7 +103,7 @@ def plans(specs: Iterable[str], budgets: Budgets, with_controls: bool = True, wi
     known = controls()
     wanted = dict.fromkeys([*(known if with_controls else ()), *specs])
     for spec in wanted:
-        if all(method.budget is not None for method in parse(spec)):
+        if all(method.budget is not None or not method.wants_budget for method in parse(spec)):
             found.append(Plan(spec, "method", spec))
             continue
         kind = "control" if spec in known else "method"

@@ -85,6 +85,12 @@ def test_thresholds_decide_alone():
         vtc.create("dymu", thresholds=(1.5,))
 
 
+def test_a_budget_for_all_is_not_meant_for_thresholds():
+    merged, cut = vtc.parse("dymu(thresholds=0.9|0.8) + fastv@2", budget=64)
+    assert merged.budget is None
+    assert cut.budget == vtc.Budget(tokens=64)
+
+
 @pytest.mark.parametrize("spec", ["dymu:7", "dymu(thresholds=0.5|0.3)"])
 def test_unmerging_in_the_llm(sdpa_llava, spec):
     """Patched as published, the LLM attends over every place, and the cache holds them all."""

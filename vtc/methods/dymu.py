@@ -107,6 +107,10 @@ class DyMU(Method):
         """
         return tuple(stored_options(self.slug, self.calibration)["thresholds"]) if self.calibration else self.thresholds
 
+    @property
+    def wants_budget(self) -> bool:
+        return not self.found()
+
     def stages(self) -> tuple[Stage, ...]:
         thresholds = self.found()
         if thresholds:
