@@ -98,7 +98,8 @@ def test_equals_the_stock_model_on_smaller_images(family, budget, grid, attentio
         out = one.model(**inputs, use_cache=True)
         report = handle.report
     with torch.no_grad():
-        features = stock_features(one, inputs["pixel_values"], grid)
+        pixels = next(value for name, value in inputs.items() if name.startswith("pixel_values"))
+        features = stock_features(one, pixels, grid)
     assert features.shape[1] == grid[0] * grid[1]
     visible = visible_columns(out.past_key_values, inputs["input_ids"].shape[1])
     is_visual = inputs["input_ids"] == one.placeholder
