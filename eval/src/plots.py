@@ -104,7 +104,7 @@ def picture(result: Result, axis: str, found: Sequence[Point], path: Path) -> No
     figure = Figure(figsize=(10, 6.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    budgets = list(dict.fromkeys(point.budget for point in found if point.budget))
+    budgets = list(dict.fromkeys(point.budget for point in found if point.kind != DENSE))
     markers = {budget: MARKERS[i % len(MARKERS)] for i, budget in enumerate(budgets)}
     best = front(found)
     for point in found:
@@ -151,7 +151,7 @@ def picture(result: Result, axis: str, found: Sequence[Point], path: Path) -> No
         loc="left", fontsize=11, pad=24,
     )  # fmt: skip
     for budget in budgets:
-        axes.scatter([], [], marker=markers[budget], color=GREY, label=f"budget {budget}")
+        axes.scatter([], [], marker=markers[budget], color=GREY, label=f"budget {budget}" if budget else "own budget")
     axes.plot([], [], color=FRONT, marker="o", linewidth=1.4, label="Pareto front, 95 % intervals")
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(budgets) + 1, frameon=False, fontsize=8.5,
@@ -192,10 +192,10 @@ def _place_labels(figure: Any, axes: Any, labels: Sequence[tuple[Point, str, str
     figure.set_layout_engine("none")  # labels must not move the axes any more
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent()
-    taken = [_box(axes.transData.transform((p.x, p.y)), 5) for p in found]
+    taken = [_box(axes.transData.transform((p.x, p.y)).tolist(), 5.0) for p in found]
     best = [axes.transData.transform((p.x, p.y)) for p in front(found)]
     for (x0, y0), (x1, y1) in pairwise(best):  # labels stay off the front's line too
-        taken += [_box((x0 + (x1 - x0) * i / 60, y0 + (y1 - y0) * i / 60), 1) for i in range(61)]
+        taken += [_box((x0 + (x1 - x0) * i / 60, y0 + (y1 - y0) * i / 60), 1.0) for i in range(61)]
     taken += [
         (frame.x0, y - 1, frame.x1, y + 1)
         for y in (axes.transData.transform((p.x, p.y))[1] for p in found if p.kind == DENSE)
@@ -235,7 +235,7 @@ def _box(centre: Sequence[float], radius: float) -> Box:
 
 
 def _covers(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    return bool(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
 
 
 def explorer(result: Result, plots: dict[str, list[Point]], path: Path) -> None:

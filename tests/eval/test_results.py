@@ -1,6 +1,7 @@
 """Result files, comparisons of two of them, and the pages made from them."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +136,16 @@ def test_the_page_tells_the_numbers_of_the_file(tmp_path):
     assert "4.00x | 400%" in page
     assert "| `b` | no \\| signal |" in page
     assert page == report_markdown.page([tmp_path / "r.json"])
+
+
+def test_the_committed_run_can_be_drawn(tmp_path):
+    """It holds every kind of cell: refused ones, and methods whose own thresholds decide how many tokens stay."""
+    stored = results.read(Path(__file__).parents[2] / "benchmarks" / "bench-scenes.json")
+    assert any(
+        results.budget_of(name, cell) == "" for name, cell in stored["cells"].items() if cell["kind"] == "method"
+    )
+    drawn = plots.draw(stored, tmp_path / "r.json")
+    assert drawn and all(path.stat().st_size > 10_000 for path in drawn)
 
 
 def test_runs_without_questions_have_no_pictures(tmp_path):

@@ -85,6 +85,12 @@ def test_thresholds_decide_alone():
         vtc.create("dymu", thresholds=(1.5,))
 
 
+def test_a_budget_far_below_half_per_block_is_met():
+    """The last block can only halve, so the ones before it merge more."""
+    stays = [vtc.create("dymu").pace(576, 32, step, 5) for step in range(5)]
+    assert stays == [467, 256, 128, 64, 32]
+
+
 def test_a_budget_for_all_is_not_meant_for_thresholds():
     merged, cut = vtc.parse("dymu(thresholds=0.9|0.8) + fastv@2", budget=64)
     assert merged.budget is None

@@ -121,8 +121,12 @@ class DyMU(Method):
         return (self._stage(filter_to_budget, self.first, pace=self.pace),)
 
     def pace(self, total: int, budget: int, step: int, steps: int) -> int:
-        """Tokens that stay after block `step` of `steps`, without thresholds."""
-        return total - sum(merge_counts(total - budget, steps, self.schedule)[: step + 1])
+        """Tokens that stay after block `step` of `steps`, without thresholds.
+
+        No block can merge more than half, so earlier ones take what the last ones could not.
+        """
+        even = total - sum(merge_counts(total - budget, steps, self.schedule)[: step + 1])
+        return min(even, budget << (steps - 1 - step))
 
     def _stage(self, filter: Any, block: int, **options: Any) -> Stage:
         signals = (Signal("keys"), Signal("sizes"))
