@@ -49,6 +49,9 @@ class AIM(Method):
     Attention is taken as causal, also where a model lets image tokens see each other; under a causal mask PageRank
     favours early tokens.
 
+    On the embedded model, 39 % of 120 answers are right where 64 tokens enter (`random`: 68 %): the scores favour the top
+    of the picture, and no visual token is left in its last layers, which still read it.
+
     Args:
         layer: first layer that sees fewer tokens; 0: 15 of 28, as a share of the depth.
         last: first layer that sees no visual token; 0: 22 of 28, as a share of the layers from `layer` on.

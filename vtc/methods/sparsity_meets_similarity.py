@@ -30,7 +30,9 @@ class SparsityMeetsSimilarity(Method):
     and where the second pruning happens is ours to choose; the options are named below. It acts on the LLM's input, on
     the cosine similarity of a visual token to the text behind the image; a prompt without text keeps its tokens.
 
-    The number of tokens follows from the content; the budget is a ceiling. Kept tokens stay in raster order.
+    The number of tokens follows from the content; the budget is a ceiling. Kept tokens stay in raster order. On the
+    embedded model 14 of 576 tokens are left on average under a ceiling of 64, with 59 % of 120 answers right (`random`:
+    68 % with 64 tokens, 53 % with 32); see `benchmarks/bench-scenes.json`.
 
     Args:
         inflection: "kneedle": the point of the curve farthest from the chord between its ends; "maxdiff2": the
