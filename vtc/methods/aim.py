@@ -49,8 +49,8 @@ class AIM(Method):
     Attention is taken as causal, also where a model lets image tokens see each other; under a causal mask PageRank
     favours early tokens.
 
-    On the embedded model, 39 % of 120 answers are right where 64 tokens enter (`random`: 68 %): the scores favour the top
-    of the picture, and no visual token is left in its last layers, which still read it.
+    On the embedded model 39 % of 120 answers are right where 64 tokens enter the LLM and none is left in its last
+    layers (`random`: 68 % with 64 tokens in every layer).
 
     Args:
         layer: first layer that sees fewer tokens; 0: 15 of 28, as a share of the depth.
