@@ -272,6 +272,23 @@ def _mrope(decoder: Decoder, *shares: int, **other: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section, **other}
 
 
+def _qwen_text(decoder: Decoder, *shares: int, **other: Any) -> dict[str, Any]:
+    return {**decoder.options(), "rope_parameters": _mrope(decoder, *shares, **other)}
+
+
+def _qwen_vision(tower: Tower, decoder: Decoder, **other: Any) -> dict[str, Any]:
+    """As Qwen2.5-VL and Qwen3-VL name the sizes of their towers."""
+    return dict(
+        depth=tower.blocks,
+        hidden_size=tower.width,
+        intermediate_size=tower.mlp,
+        out_hidden_size=decoder.width,
+        num_heads=tower.heads,
+        patch_size=tower.patch,
+        **other,
+    )
+
+
 def _qwen2_vl(tower: Tower, decoder: Decoder) -> Any:
     from transformers import Qwen2VLConfig
 
@@ -283,44 +300,34 @@ def _qwen2_vl(tower: Tower, decoder: Decoder) -> Any:
         num_heads=tower.heads,
         patch_size=tower.patch,
     )
-    text = {**decoder.options(), "rope_parameters": _mrope(decoder, 16, 24, 24)}
-    return Qwen2VLConfig(text_config=text, vision_config=vision, **_qwen_ids())
+    return Qwen2VLConfig(text_config=_qwen_text(decoder, 16, 24, 24), vision_config=vision, **_qwen_ids())
 
 
 def _qwen2_5_vl(tower: Tower, decoder: Decoder) -> Any:
     from transformers import Qwen2_5_VLConfig
 
-    vision = dict(
-        depth=tower.blocks,
-        hidden_size=tower.width,
-        intermediate_size=tower.mlp,
-        out_hidden_size=decoder.width,
-        num_heads=tower.heads,
-        patch_size=tower.patch,
+    vision = _qwen_vision(
+        tower,
+        decoder,
         window_size=112,
         # the last block of each quarter sees whole images; with four blocks, the last one
         fullatt_block_indexes=sorted({tower.blocks * q // 4 - 1 for q in range(1, 5)})
         if tower.blocks > SMALL_BLOCKS
         else [tower.blocks - 1],
     )
-    text = {**decoder.options(), "rope_parameters": _mrope(decoder, 16, 24, 24)}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_qwen_ids())
+    return Qwen2_5_VLConfig(text_config=_qwen_text(decoder, 16, 24, 24), vision_config=vision, **_qwen_ids())
 
 
 def _qwen3_vl(tower: Tower, decoder: Decoder) -> Any:
     from transformers import Qwen3VLConfig
 
-    vision = dict(
-        depth=tower.blocks,
-        hidden_size=tower.width,
-        intermediate_size=tower.mlp,
-        out_hidden_size=decoder.width,
-        num_heads=tower.heads,
-        patch_size=tower.patch,
+    vision = _qwen_vision(
+        tower,
+        decoder,
         num_position_embeddings=2304,
         deepstack_visual_indexes=[8, 16, 24] if tower.blocks > 24 else list(range(3)),
     )
-    text = {**decoder.options(), "rope_parameters": _mrope(decoder, 24, 20, 20, mrope_interleaved=True)}
+    text = _qwen_text(decoder, 24, 20, 20, mrope_interleaved=True)
     return Qwen3VLConfig(text_config=text, vision_config=vision, **_qwen_ids())
 
 

@@ -43,7 +43,8 @@ def patch(
         spec: a spec string ("visionzip:64", "fastervlm:128 + dart@2:64"), a method, or several methods.
         budget: tokens (int), share kept (float) or a Budget, for methods that have none of their own.
         positions: "original" (position ids of the uncompressed prompt), "compact" (gaps of tokens dropped before the
-            LLM are closed; tokens dropped inside it keep theirs), or "auto": what the first method's paper uses.
+            LLM are closed; tokens dropped inside it keep theirs), "renumber" (gaps are closed at every drop), or
+            "auto": what the first method's paper uses.
         size_bias: add log(size) of merged tokens to their attention logits in the LLM, from the layer on where they
             were merged. None: what the methods' papers do.
         companion: CLIP's text tower and projections, for methods that read CLIP's joint space.
@@ -126,7 +127,7 @@ class Handle:
 
     @property
     def positions(self) -> str:
-        """The position policy in force: "original" or "compact"."""
+        """The position policy in force: "original", "compact" or "renumber"."""
         return self._plan.positions
 
     @property

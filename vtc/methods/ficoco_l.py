@@ -8,7 +8,16 @@ from torch import Tensor
 from vtc.errors import SpecError
 from vtc.kernels import attention_rows, received_attention
 from vtc.methods.ficoco_v import PAPER, check_differences, follows_reference
-from vtc.primitives import even_pace, rest_of, self_preserving_merge, sum_merge, targets_above, top_links, topk_keep
+from vtc.primitives import (
+    even_pace,
+    instruction,
+    rest_of,
+    self_preserving_merge,
+    sum_merge,
+    targets_above,
+    top_links,
+    topk_keep,
+)
 from vtc.registry import register
 from vtc.stages import Links, Method, Signal, Site, Stage, check_choice
 from vtc.tokenmap import TokenMap
@@ -146,7 +155,7 @@ class FiCoCoL(Method):
 
     def correlate(self, tokens: Tokens, keep: Tensor) -> Links:
         rest = rest_of(keep, tokens.lengths, tokens.budget, tokens.x.shape[1])
-        keys, is_text, queries = tokens.signal("keys"), self._text(tokens), tokens.signal("queries")
+        keys, is_text, queries = tokens.signal("keys"), instruction(tokens), tokens.signal("queries")
         index = rest.clamp(min=0)[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
         rows = queries.gather(2, index)
         is_softmax = self.attention == "softmax"
@@ -171,7 +180,7 @@ class FiCoCoL(Method):
 
     def redundancy(self, tokens: Tokens) -> Tensor:
         """s of each visual token, [B, N]."""
-        keys, queries, is_text = tokens.signal("keys"), tokens.signal("queries"), self._text(tokens)
+        keys, queries, is_text = tokens.signal("keys"), tokens.signal("queries"), instruction(tokens)
         number = is_text.sum(dim=1, keepdim=True).clamp(min=1)
         if self.attention == "softmax":
             among = received_attention(queries, keys, segments=torch.where(tokens.mask, 0, -1))
@@ -185,12 +194,6 @@ class FiCoCoL(Method):
                 among = among / tokens.mask.sum(dim=1, keepdim=True)
             from_text = _row_sums(queries, tokens.signal("text_keys"), is_text) / number
         return (self.beta * among - (1.0 - self.beta) * from_text).masked_fill(~tokens.mask, 0)
-
-    def _text(self, tokens: Tokens) -> Tensor:
-        """Which text tokens count: those behind the image, or all."""
-        is_text = tokens.signal("text_mask")
-        behind = is_text & tokens.signal("text_after")
-        return torch.where(behind.any(dim=1, keepdim=True), behind, is_text)
 
     def _from_text(self, tokens: Tokens) -> Tensor:
         """What each text token gives each visual token, [B, T, N]."""

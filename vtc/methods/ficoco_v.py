@@ -150,8 +150,11 @@ class FiCoCoV(Method):
         budget = Budget(tokens=1) if self.r and self.budget is None else None
         signals = (Signal("keys"), Signal("queries"))
         carry = self.taken if self.penalty and self.is_reference("windows") else None
-        stage = Stage(site, self.filter, self.correlate, self.compress, signals, budget=budget, pace=self.pace)
-        return (replace(stage, carry=carry),)
+        return (
+            Stage(
+                site, self.filter, self.correlate, self.compress, signals, budget=budget, pace=self.pace, carry=carry
+            ),
+        )
 
     def is_reference(self, name: str) -> bool:
         """Whether option `name` is what the published code does."""

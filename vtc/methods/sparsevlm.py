@@ -13,6 +13,7 @@ from vtc.errors import SpecError
 from vtc.primitives import (
     density_peaks,
     geometric_pace,
+    instruction,
     join_keep,
     keep_where,
     ranks,
@@ -204,9 +205,7 @@ class SparseVLM(Method):
 
     def raters(self, tokens: Tokens) -> Bool[Tensor, "B T"]:
         """Text tokens to which the visual tokens are closer than to the mean one."""
-        is_text = tokens.signal("text_mask")
-        behind = is_text & tokens.signal("text_after")
-        is_text = torch.where(behind.any(dim=1, keepdim=True), behind, is_text)
+        is_text = instruction(tokens)
         visual, seen = tokens.signal("visual_embeds").float(), tokens.signal("visual_mask")[..., None]
         logits = visual @ tokens.signal("text_embeds").float().transpose(1, 2)  # [B, V, T]
         near = logits.masked_fill(~is_text[:, None], -torch.inf).softmax(dim=2).masked_fill(~seen, 0)
