@@ -7,7 +7,7 @@ import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 import vtc
-from vtc.engine.masks import causal
+from vtc.engine.host.masks import causal
 from vtc.engine.size_bias import added
 from vtc.primitives import slot_of
 from vtc.testing.golden import golden_cases

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine import carry, layer_signals, masks, size_bias, unmerge
+from vtc.engine import carry, layer_signals, size_bias, unmerge
 from vtc.engine.evict import evict
 from vtc.engine.forward import FORWARD, NO_OUTER, OUTER, Forward, LayerState, Outer, inverse_columns, take
+from vtc.engine.host import masks
 from vtc.engine.memory import Held, Memory, check_cache, held_length, memory_of, remember
 from vtc.engine.plan import Plan, Step
 from vtc.engine.state import ATTRIBUTE, Encoded, run_step, stopwatch

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine import masks
 from vtc.engine.forward import FORWARD, Forward, compact_columns, lookup, put, take
+from vtc.engine.host import masks
+from vtc.engine.host.rotary import rotate
 from vtc.engine.plan import Step
-from vtc.engine.rotary import rotate
 from vtc.engine.state import run_step, stopwatch
 from vtc.errors import SpecError
 

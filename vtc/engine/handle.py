@@ -9,11 +9,12 @@ from torch import nn
 
 from vtc.adapter import Adapter, adapter_for, unwrap
 from vtc.companion import ClipCompanion
-from vtc.engine import door, encoder, flash, layers
+from vtc.engine import door, encoder, layers
 from vtc.engine import unmerge as unmerging
-from vtc.engine.compiled import refuse_compiled
 from vtc.engine.evict import held_after_prefill
 from vtc.engine.forward import Forward
+from vtc.engine.host import flash
+from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.plan import Plan, make_plan
 from vtc.engine.state import PATCHED_ENCODERS
 from vtc.errors import StateError, UnsupportedModelError

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vtc.adapter import Adapter
 from vtc.engine import carry, size_bias
 from vtc.engine.forward import FORWARD, Forward, LayerState, inverse_columns, lookup, take
+from vtc.engine.host.rotary import rotate
 from vtc.engine.plan import ATTENTION_SIGNALS, OUTPUTS, Plan, Step, source_layer
-from vtc.engine.rotary import rotate
 from vtc.engine.visual import Visual
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import attention_rows, received_attention

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine import freeze, layer_signals, masks, size_bias
+from vtc.engine import freeze, layer_signals, size_bias
 from vtc.engine.door import apply_step
 from vtc.engine.forward import FORWARD, Forward, LayerState, lookup, take
 from vtc.engine.halves import override, silence, silenced
+from vtc.engine.host import masks
 from vtc.engine.memory import Held
 from vtc.engine.plan import Plan, Step, check_biased, layer_of
 from vtc.engine.state import stopwatch

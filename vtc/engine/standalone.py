@@ -23,9 +23,9 @@ from vtc.adapter import Attention
 from vtc.encoder_report import EncoderReport
 from vtc.encoders import ImageEncoder, encoder_for, methods_by_themselves
 from vtc.engine import tower
-from vtc.engine.compiled import refuse_compiled
 from vtc.engine.halves import override
 from vtc.engine.handle import handle_around
+from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.plan import CAPTURED, Step
 from vtc.engine.state import PATCHED_ENCODERS
 from vtc.engine.tower_groups import without_prefix

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Encoder
-from vtc.engine.rotary import rotate
+from vtc.engine.host.rotary import rotate
 from vtc.engine.state import ENCODE, EncodeState
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import attention_rows, received_attention
