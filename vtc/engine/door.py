@@ -6,7 +6,6 @@ line up) and files what each layer holds on the KV cache.
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,30 +16,29 @@ from vtc.adapter import Adapter
 from vtc.engine import carry, layer_signals, size_bias, unmerge
 from vtc.engine.evict import evict
 from vtc.engine.forward import FORWARD, NO_OUTER, OUTER, Forward, LayerState, Outer, inverse_columns, take
-from vtc.engine.host import masks
-from vtc.engine.memory import Held, Memory, check_cache, held_length, memory_of, remember
+from vtc.engine.host import cache as host
+from vtc.engine.host import masks, names
+from vtc.engine.host.override import Undo
+from vtc.engine.memory import Held, Memory, check_cache, memory_of, remember
 from vtc.engine.plan import Plan, Step
 from vtc.engine.state import ATTRIBUTE, Encoded, run_step, stopwatch
 from vtc.engine.visual import Visual
 from vtc.errors import InputError, StateError, UnsupportedFeatureError
 from vtc.tokens import Tokens
 
-Undo = Callable[[], None]
 Record = Callable[[Forward], None]
 
 
-def attach(adapter: Adapter, plan: Plan, record: Record, undo: list[Undo]) -> None:
+def attach(adapter: Adapter, plan: Plan, record: Record, undo: Undo) -> None:
     """Hook the inner model and the language model; what takes the hooks off again goes to `undo`."""
     inner, lm = adapter.inner, adapter.language_model
-    undo += [
-        adapter.model.register_forward_pre_hook(functools.partial(_enter_outer, adapter), with_kwargs=True).remove,
-        adapter.model.register_forward_hook(_leave_outer, always_call=True).remove,
-        inner.register_forward_pre_hook(functools.partial(_enter, adapter, plan), with_kwargs=True).remove,
-        # always_call: also when the forward raised, so that no state survives it
-        inner.register_forward_hook(_leave, always_call=True).remove,
-        lm.register_forward_pre_hook(functools.partial(_compress, adapter, plan), with_kwargs=True).remove,
-        lm.register_forward_hook(functools.partial(_restore, adapter, plan, record), with_kwargs=True).remove,
-    ]
+    # always_call: also when the forward raised, so that no state survives it
+    undo.before(adapter.model, functools.partial(_enter_outer, adapter), with_kwargs=True)
+    undo.after(adapter.model, _leave_outer, always_call=True)
+    undo.before(inner, functools.partial(_enter, adapter, plan), with_kwargs=True)
+    undo.after(inner, _leave, always_call=True)
+    undo.before(lm, functools.partial(_compress, adapter, plan), with_kwargs=True)
+    undo.after(lm, functools.partial(_restore, adapter, plan, record), with_kwargs=True)
 
 
 def note_encoded(modality: str, encoded: Encoded) -> None:
@@ -65,7 +63,7 @@ def _enter_outer(adapter: Adapter, module: nn.Module, args: Any, kwargs: dict[st
 
     Only `generate` encodes ahead; a user who scores an answer with logits_to_keep hands over pixels.
     """
-    rows, outputs = kwargs.get("logits_to_keep"), kwargs.get("mm_encoder_outputs") or {}
+    rows, outputs = kwargs.get(names.LOGITS_TO_KEEP), kwargs.get(names.ENCODER_OUTPUTS) or {}
     guessed = rows - 1 if isinstance(rows, int) and rows > 1 and outputs else 0
     if guessed and adapter.bidirectional_prompt:
         raise UnsupportedFeatureError(
@@ -79,10 +77,9 @@ def _enter_outer(adapter: Adapter, module: nn.Module, args: Any, kwargs: dict[st
 def _enter(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Pre-hook of the inner model."""
     _clear()
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    given = {**bound, **bound.get("kwargs", {})}
-    state = Forward(plan, given.get("input_ids"), candidates=OUTER.get().candidates)
-    outputs = given.get("mm_encoder_outputs") or {}
+    given = names.arguments_of(module, args, kwargs)
+    state = Forward(plan, given.get(names.INPUT_IDS), candidates=OUTER.get().candidates)
+    outputs = given.get(names.ENCODER_OUTPUTS) or {}
     for encoder in adapter.encoders:
         output = outputs.get(encoder.modality)
         if output is None:
@@ -97,36 +94,38 @@ def _enter(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: d
             raise StateError("mm_encoder_outputs were encoded under another patch. Encode the images again.")
         state.encoded[encoder.modality] = encoded
     if adapter.masks_outside:
-        kwargs = _cut_outer_mask(plan, state, given, kwargs)
+        kwargs = _cut_outer_mask(module, plan, state, given, kwargs)
     state.token = FORWARD.set(state)
     return args, kwargs
 
 
-def _cut_outer_mask(plan: Plan, state: Forward, given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _cut_outer_mask(
+    module: nn.Module, plan: Plan, state: Forward, given: dict[str, Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The inner model's arguments with a 2-D mask of what layer 0 holds; it sizes the masks of the layers by that."""
-    mask, cache = given.get("attention_mask"), given.get("past_key_values")
+    mask, (_, cache) = given.get(names.ATTENTION_MASK), names.find_cache(module, given)
     if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
         raise UnsupportedFeatureError(
             "masks that are built before the model is called (cache_implementation='static', or a 4-D attention_mask) "
             "have the shape of the uncompressed prompt. Pass the 2-D attention_mask and use the default cache."
         )
     state.mask = mask
-    tokens = given["inputs_embeds"] if state.input_ids is None else state.input_ids
+    tokens = given[names.INPUTS_EMBEDS] if state.input_ids is None else state.input_ids
     memory = memory_of(cache, plan, tokens.shape[0]) if cache is not None else None
     if memory is None:
         return kwargs
-    dense = held_length(cache, plan.reference) - memory.entries
+    dense = host.held_length(cache, plan.reference) - memory.entries
     past = memory.length + dense
     new = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
     columns = torch.cat([memory.column(plan.reference, dense).to(tokens.device), new], dim=1)
-    types = given.get("token_type_ids")
+    types = given.get(names.TOKEN_TYPES)
     if types is not None and types.shape[1] == past + tokens.shape[1]:
         # they say which keys belong to the same image; padding is hidden by the mask
-        kwargs = {**kwargs, "token_type_ids": types.gather(1, columns.clamp(min=0).to(types.device))}
+        kwargs = {**kwargs, names.TOKEN_TYPES: types.gather(1, columns.clamp(min=0).to(types.device))}
     if mask is None:
-        return {**kwargs, "attention_mask": (columns >= 0).long()} if memory.reference.ragged else kwargs
+        return {**kwargs, names.ATTENTION_MASK: (columns >= 0).long()} if memory.reference.ragged else kwargs
     _check_width(mask, past, tokens.shape[1])
-    return {**kwargs, "attention_mask": masks.cut(mask, None, columns)}
+    return {**kwargs, names.ATTENTION_MASK: masks.cut(mask, None, columns)}
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -146,10 +145,10 @@ def _clear() -> None:
 def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Pre-hook of the language model."""
     state = FORWARD.get()
-    embeds = kwargs.get("inputs_embeds")
+    embeds = kwargs.get(names.INPUTS_EMBEDS)
     if state is None or embeds is None:
         return None
-    cache = kwargs.get("past_key_values")
+    _, cache = names.find_cache(module, kwargs)
     state.batch, state.length = embeds.shape[:2]
     state.device = embeds.device
     state.cache = cache
@@ -159,12 +158,12 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
     if not state.encoded and state.memory is None:
         return None
     check_cache(cache)
-    if module.training and getattr(adapter.layers[0], "gradient_checkpointing", False):
+    if module.training and names.checkpoints(adapter.layers[0]):
         raise UnsupportedFeatureError(
             "gradient checkpointing runs layers twice, the second time without the state of this forward. "
             "Turn it off while the model is patched."
         )
-    state.held = held_length(cache, plan.reference) if cache is not None else 0
+    state.held = host.held_length(cache, plan.reference) if cache is not None else 0
     if state.memory is not None:
         state.dense = state.held - state.memory.entries
         state.past = state.memory.length + state.dense
@@ -178,9 +177,9 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
             "see, and a window over a shortened cache would see other tokens. Keep prompt and answer together within "
             f"{window} tokens, or use a model without sliding windows."
         )
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get(names.ATTENTION_MASK)
     _note_valid(state, state.mask if adapter.masks_outside else mask)
-    positions = _full_positions(state, kwargs.get("position_ids"))
+    positions = _full_positions(state, kwargs.get(names.POSITION_IDS))
     if state.encoded:
         with stopwatch(embeds.device) as watch:
             embeds, located = _decide(adapter, plan, state, embeds)
@@ -197,9 +196,9 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
         state.positions, state.door_rank = positions, valid_rows.cumsum(1) - valid_rows
         state.door_valid = valid_rows.sum(1)
     state.door_column, state.door_row_of, state.door_ragged = state.column, state.row_of, state.ragged
-    kwargs["inputs_embeds"] = embeds
-    kwargs["position_ids"] = positions
-    kwargs["attention_mask"] = _door_mask(adapter, state, mask, embeds)
+    kwargs[names.INPUTS_EMBEDS] = embeds
+    kwargs[names.POSITION_IDS] = positions
+    kwargs[names.ATTENTION_MASK] = _door_mask(adapter, state, mask, embeds)
     return args, kwargs
 
 
@@ -355,7 +354,7 @@ def _door_mask(adapter: Adapter, state: Forward, mask: Any, embeds: Tensor) -> A
         past = state.past
     columns = torch.cat([held, torch.where(new < 0, -1, new + past)], dim=1)
     ragged = state.ragged or (memory is not None and memory.reference.ragged)
-    implementation = adapter.text_config._attn_implementation
+    implementation = names.attention_of(adapter.text_config)
     if isinstance(mask, dict):
         # these go to the layers as they are, so None is plain causal over all rows
         whole = masks.causal(columns >= 0, new.shape[1], embeds.dtype, implementation) if ragged else None
@@ -378,9 +377,9 @@ def _restore(
     record(state)
     if state.unmerging is not None:
         return unmerge.restore(output)
-    cache = getattr(output, "past_key_values", None)
+    cache = names.cache_of(output)
     if cache is None:
-        cache = kwargs.get("past_key_values")
+        _, cache = names.find_cache(module, kwargs)
     # frozen and parked tokens change what single layers hold, though every row is back here
     shortened = state.column is not None or any(seen.column is not None for seen in state.layer_state.values())
     shortened = shortened or (plan.size_bias and not state.visual.token_map.is_selection)
@@ -392,11 +391,7 @@ def _restore(
     padding = (state.column < 0).sum(1, keepdim=True)
     # every column reads the row of the last kept column at or before it
     row = (keep.long().cumsum(1) - 1 + padding).clamp(min=0)
-    hidden = take(output[0], row)
-    if isinstance(output, tuple):
-        return (hidden, *output[1:])
-    output.last_hidden_state = hidden
-    return output
+    return names.with_last_hidden(output, take(output[0], row))
 
 
 def _written(adapter: Adapter, plan: Plan, state: Forward) -> Memory:

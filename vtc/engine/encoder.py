@@ -3,7 +3,7 @@
 The stock encoder runs unchanged. `tower_out` acts at one of two points: on what enters the projector, where each of
 its tokens is a token of the LLM (the features that stay go through the projector alone, and its output is put back on
 the full grid, so that packing, unpadding and placeholder counts of the host never see a different shape); or on the
-encoder's `pooler_output`, where the host pools, shuffles or scales tokens on the way. What was decided is translated to
+encoder's output, where the host pools, shuffles or scales tokens on the way. What was decided is translated to
 the LLM's slots and rides on the encoder's output object.
 """
 
@@ -20,6 +20,8 @@ from vtc.adapter import Adapter, Encoder
 from vtc.engine import carry, pixels, tower_groups, tower_signals
 from vtc.engine.door import note_encoded
 from vtc.engine.groups import Groups, gather_signal, gather_tokens
+from vtc.engine.host import names
+from vtc.engine.host.override import Undo
 from vtc.engine.plan import Plan
 from vtc.engine.state import ATTRIBUTE, ENCODE, Encoded, EncodeState, run_step, stopwatch
 from vtc.engine.tower_signals import state_of
@@ -28,67 +30,59 @@ from vtc.stages import Signal
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout, Tokens
 
-Undo = Callable[[], None]
 
-
-def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
+def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
     """Wrap the encoders of the model; what takes it off again goes to `undo`, step by step."""
     for encoder in adapter.encoders:
-        undo.append(_wrap(adapter, plan, encoder))
+        signature = inspect.signature(getattr(adapter.inner, encoder.method))
+        undo.override(adapter.inner, functools.partial(_encode, adapter, plan, encoder, signature), encoder.method)
         tower_signals.capture(encoder, {*plan.signals("tower_out"), *carry.wanted(plan)}, undo)
         if carry.reads_features(plan):
             assert encoder.features is not None
-            undo.append(encoder.features.register_forward_pre_hook(functools.partial(_note_features, encoder)).remove)
+            undo.before(encoder.features, functools.partial(_note_features, encoder))
         pixels.attach(plan, encoder, undo)
         if encoder.features is not None and (plan.at("tower_out") or plan.at("pixels") or plan.tower):
             features = functools.partial(_compress_features, adapter, plan, encoder)
-            undo.append(encoder.features.register_forward_pre_hook(features).remove)
-            undo.append(encoder.features.register_forward_hook(functools.partial(_restore_grid, encoder)).remove)
+            undo.before(encoder.features, features)
+            undo.after(encoder.features, functools.partial(_restore_grid, encoder))
     tower_groups.attach(adapter, plan, undo)
 
 
-def _wrap(adapter: Adapter, plan: Plan, encoder: Encoder) -> Undo:
-    inner = adapter.inner
-    had = encoder.method in vars(inner)
-    original = getattr(inner, encoder.method)
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)  # generate reads the signature to know which inputs to hand over
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        if ENCODE.get() is not None:  # an encoder that calls another one
-            return original(*args, **kwargs)
-        if kwargs.get("vision_feature_layer") not in (None, getattr(inner.config, "vision_feature_layer", None)):
-            raise UnsupportedFeatureError(
-                f"vision_feature_layer={kwargs['vision_feature_layer']} differs from the config's, and the signals are "
-                "captured at the config's layer. Set model.config.vision_feature_layer before patching."
-            )
-        bound = signature.bind_partial(*args, **kwargs).arguments
-        state = EncodeState(encoder, arguments={**bound, **bound.get("kwargs", {})})
-        token = ENCODE.set(state)
-        try:
-            output = original(*args, **kwargs)
-        finally:
-            ENCODE.reset(token)
-        if not isinstance(output, tuple):
-            lengths, layout = adapter.layout(encoder, output, state.arguments)
-            if encoder.features is None and (plan.at("tower_out") or plan.tower):
-                _compress_output(adapter, plan, state, output, lengths, layout)
-            carried = carry.of_images(adapter, plan, state)
-            inside = () if state.passage is None else tuple(state.passage.seconds)
-            encoded = Encoded(plan, lengths, layout, state.token_map, state.seconds, inside, carried)
-            setattr(output, ATTRIBUTE, encoded)
-            note_encoded(encoder.modality, encoded)
-        return output
-
-    setattr(inner, encoder.method, encode)
-
-    def undo() -> None:
-        if had:
-            setattr(inner, encoder.method, original)
-        else:
-            delattr(inner, encoder.method)
-
-    return undo
+def _encode(
+    adapter: Adapter,
+    plan: Plan,
+    encoder: Encoder,
+    signature: inspect.Signature,
+    original: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """In the place of the encoder's method: the stock call, and what was decided on its output."""
+    if ENCODE.get() is not None:  # an encoder that calls another one
+        return original(*args, **kwargs)
+    arguments = names.bound(signature, args, kwargs)
+    layer = arguments.get(names.FEATURE_LAYER)
+    if layer not in (None, getattr(adapter.inner.config, names.FEATURE_LAYER, None)):
+        raise UnsupportedFeatureError(
+            f"vision_feature_layer={layer} differs from the config's, and the signals are captured at the config's "
+            "layer. Set model.config.vision_feature_layer before patching."
+        )
+    state = EncodeState(encoder, arguments=arguments)
+    token = ENCODE.set(state)
+    try:
+        output = original(*args, **kwargs)
+    finally:
+        ENCODE.reset(token)
+    if not isinstance(output, tuple):
+        lengths, layout = adapter.layout(encoder, output, state.arguments)
+        if encoder.features is None and (plan.at("tower_out") or plan.tower):
+            _compress_output(adapter, plan, state, output, lengths, layout)
+        carried = carry.of_images(adapter, plan, state)
+        inside = () if state.passage is None else tuple(state.passage.seconds)
+        encoded = Encoded(plan, lengths, layout, state.token_map, state.seconds, inside, carried)
+        setattr(output, ATTRIBUTE, encoded)
+        note_encoded(encoder.modality, encoded)
+    return output
 
 
 def _note_features(encoder: Encoder, module: nn.Module, args: Any) -> None:
@@ -137,7 +131,8 @@ def _compress_output(
     adapter: Adapter, plan: Plan, state: EncodeState, output: Any, lengths: tuple[int, ...], layout: Layout
 ) -> None:
     """Run the stages on the features that leave the encoder; merged ones are written in their anchors' places."""
-    parts = list(output.pooler_output)
+    features = names.features_of(output)
+    parts = list(features)
     flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
     if len(flat) != sum(lengths):
         raise UnsupportedFeatureError(
@@ -161,8 +156,8 @@ def _compress_output(
     flat = torch.cat([image[:n] for image, n in zip(full, lengths, strict=True)])
     sizes = [part.numel() // part.shape[-1] for part in parts]
     pieces = [piece.reshape(part.shape) for piece, part in zip(flat.split(sizes), parts, strict=True)]
-    is_tensor = isinstance(output.pooler_output, Tensor)
-    output.pooler_output = torch.stack(pieces) if is_tensor else type(output.pooler_output)(pieces)
+    whole = torch.stack(pieces) if isinstance(features, Tensor) else type(features)(pieces)
+    setattr(output, names.FEATURES, whole)
 
 
 def _decide(

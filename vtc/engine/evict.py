@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vtc.engine.forward import Forward, LayerState, inverse_columns, lookup
+from vtc.engine.host import cache as host
 from vtc.engine.memory import Held, Memory
 from vtc.engine.plan import Plan, layer_of
 
@@ -19,7 +19,7 @@ def evict(cache: Any, plan: Plan, state: Forward, memory: Memory) -> Memory:
             continue
         last = layer_of(step)
         for index in range(int(step.stage.evict), last):
-            layers[index] = _cut(cache.layers[index], state, index, state.layer_state[last], layers[index])
+            layers[index] = _cut(cache, state, index, state.layer_state[last], layers[index])
     reference = layers[plan.reference]
     if reference is not memory.reference or plan.reference in plan.frozen:
         # places are counted among the entries of this layer, which are others now, or in another order
@@ -38,20 +38,15 @@ def held_after_prefill(plan: Plan, per_layer: tuple[tuple[int, ...], ...]) -> tu
     return tuple(held)
 
 
-def _cut(entries: Any, state: Forward, index: int, kept: LayerState, held: Held) -> Held:
+def _cut(cache: Any, state: Forward, index: int, kept: LayerState, held: Held) -> Held:
     """Of one layer, the entries of earlier calls and those at the columns of `kept`."""
     before = state.held if state.memory is None else state.memory.column(index, state.dense).shape[1]
     column = state.columns() if kept.column is None else kept.column
     logical = torch.where(column < 0, -1, column + state.past)
     where = lookup(inverse_columns(held.column, state.past + state.length), logical)
     chosen = torch.cat([state.arange(before), where], dim=1)
-    entries.keys, entries.values = _gather(entries.keys, chosen), _gather(entries.values, chosen)
+    host.select(cache, index, chosen)
     place = None if held.place is None else lookup(held.place, chosen)
     bias = None if held.bias is None else held.bias.gather(1, chosen.clamp(min=0))
     ragged = kept.ragged or held.ragged
     return Held(lookup(held.column, chosen), chosen if place is None else place, ragged, held.shift, bias)
-
-
-def _gather(part: Tensor, index: Tensor) -> Tensor:
-    """[B, G, K, d] at the entries `index`; -1 reads entry 0, which masks hide."""
-    return part.gather(2, index.clamp(min=0)[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3]))

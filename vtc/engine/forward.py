@@ -171,6 +171,12 @@ class Forward:
 FORWARD: ContextVar[Forward | None] = ContextVar("vtc_forward", default=None)
 
 
+def is_cut() -> bool:
+    """Whether the running forward has other rows or entries than its host thinks."""
+    state = FORWARD.get()
+    return state is not None and (state.visual is not None or state.memory is not None)
+
+
 class Outer(NamedTuple):
     """What only the running call of the outer model knows.
 

@@ -12,28 +12,12 @@ from torch import Tensor, nn
 
 from vtc.adapter import Adapter
 from vtc.engine.forward import FORWARD, Forward, compact_columns, lookup, put, take
-from vtc.engine.host import masks
+from vtc.engine.host import masks, names
+from vtc.engine.host.cache import Prepended
 from vtc.engine.host.rotary import rotate
 from vtc.engine.plan import Step
 from vtc.engine.state import run_step, stopwatch
 from vtc.errors import SpecError
-
-
-class Entries:
-    """Stands in for the KV cache of one layer during one call: puts the frozen tokens' entries before the new ones."""
-
-    def __init__(self, cache: Any, keys: Tensor, values: Tensor) -> None:
-        self._cache, self._keys, self._values = cache, keys, values
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = torch.cat([self._keys, keys], dim=2), torch.cat([self._values, values], dim=2)
-        if self._cache is None:
-            return keys, values
-        held: tuple[Tensor, Tensor] = self._cache.update(keys, values, layer_idx, *args, **kwargs)
-        return held
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
 
 
 def enter(
@@ -61,17 +45,18 @@ def enter(
         total = state.valid_totals()
         frozen = compact_columns(frozen_row, counts)
         live = compact_columns(live_row, [n - m for n, m in zip(total, counts, strict=True)])
-        cos, sin = kwargs["position_embeddings"]
+        cos, sin = kwargs[names.POSITION_EMBEDDINGS]
         keys, values = adapter.keys_values(index, take(hidden, frozen))
         keys = rotate(keys, take(cos, frozen), take(sin, frozen)).to(values.dtype)
         order = torch.cat([frozen, live], dim=1)
+        layer, mask = adapter.layers[index], kwargs.get(names.ATTENTION_MASK)
         cut: dict[str, Any] = {
-            "position_embeddings": (take(cos, live), take(sin, live)),
-            "attention_mask": _mask(adapter, state, index, kwargs.get("attention_mask"), live, order, hidden.dtype),
-            "past_key_values": Entries(kwargs.get("past_key_values"), keys, values),
+            names.POSITION_EMBEDDINGS: (take(cos, live), take(sin, live)),
+            names.ATTENTION_MASK: _mask(adapter, state, index, mask, live, order, hidden.dtype),
+            **names.cache_argument(layer, Prepended(names.find_cache(layer, kwargs)[1], keys, values)),
         }
-        if kwargs.get("position_ids") is not None:
-            cut["position_ids"] = take(kwargs["position_ids"], live, dim=-1)
+        if kwargs.get(names.POSITION_IDS) is not None:
+            cut[names.POSITION_IDS] = take(kwargs[names.POSITION_IDS], live, dim=-1)
         before = state.layer_state[index]
         place = order if before.place is None else lookup(before.place, order)
         ragged = len(set(counts)) > 1 or len(set(total)) > 1
@@ -88,9 +73,7 @@ def leave(index: int, module: nn.Module, args: Any, output: Any) -> Any:
     if state is None or index not in state.live:
         return None
     hidden, live = state.live.pop(index)
-    if isinstance(output, tuple):
-        return (put(hidden, live, output[0]), *output[1:])
-    return put(hidden, live, output)
+    return names.with_first(output, put(hidden, live, names.first_of(output)))
 
 
 def _mask(
@@ -103,7 +86,7 @@ def _mask(
         return masks.cut(mask, live, columns)
     # no mask: plain causal over the rows, every one of them a token
     allowed = (columns[:, None] <= live[:, :, None] + held) & (columns[:, None] >= 0)
-    if adapter.text_config._attn_implementation == "eager":
+    if names.attention_of(adapter.text_config) == "eager":
         return torch.zeros(allowed.shape, dtype=dtype, device=live.device).masked_fill(
             ~allowed, torch.finfo(dtype).min
         )[:, None]

@@ -5,7 +5,6 @@ between the halves may change. No block is written again; norms, layer scales an
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -13,30 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-Undo = Callable[[], None]
+from vtc.engine.host import names
 
 #: the module whose output is zero in the running half of a block
 _SILENT: ContextVar[nn.Module | None] = ContextVar("vtc_silent", default=None)
-
-
-def override(module: nn.Module, call: Callable[..., Any], undo: list[Undo], name: str = "forward") -> None:
-    """Put `call(original, ...)` in the place of the method `name`, as an attribute of this one module."""
-    had = vars(module).get(name)
-    original = getattr(module, name)
-
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return call(original, *args, **kwargs)
-
-    setattr(module, name, replacement)
-
-    def restore() -> None:
-        if had is None:
-            delattr(module, name)
-        else:
-            setattr(module, name, had)
-
-    undo.append(restore)
 
 
 @contextlib.contextmanager
@@ -58,5 +37,5 @@ def silenced(module: nn.Module, returns_tuple: bool, original: Callable[..., Any
     """The `forward` of a module that can be silenced; an attention may return its weights beside the output."""
     if not is_silent(module):
         return original(*args, **kwargs)
-    nothing = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+    nothing = torch.zeros_like(names.hidden_argument(args, kwargs))
     return (nothing, None) if returns_tuple else nothing

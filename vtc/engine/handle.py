@@ -12,9 +12,10 @@ from vtc.companion import ClipCompanion
 from vtc.engine import door, encoder, layers
 from vtc.engine import unmerge as unmerging
 from vtc.engine.evict import held_after_prefill
-from vtc.engine.forward import Forward
+from vtc.engine.forward import Forward, is_cut
 from vtc.engine.host import flash
 from vtc.engine.host.compiled import refuse_compiled
+from vtc.engine.host.override import Undo
 from vtc.engine.plan import Plan, make_plan
 from vtc.engine.state import PATCHED_ENCODERS
 from vtc.errors import StateError, UnsupportedModelError
@@ -118,7 +119,7 @@ class Handle:
         self._adapter: Adapter = adapter_for(model)
         self._plan: Plan = make_plan(self._adapter, methods, positions, size_bias, companion, unmerge)
         self._model = weakref.ref(model)
-        self._undo: list[Callable[[], None]] = []
+        self._undo = Undo()
         self._last: Callable[[], Report] | None = None
 
     @property
@@ -161,7 +162,7 @@ class Handle:
         try:
             encoder.attach(self._adapter, self._plan, self._undo)
             layers.attach(self._adapter, self._plan, self._undo)
-            flash.attach(self._adapter, self._undo)
+            flash.attach(self._adapter, is_cut, self._undo)
             if self._plan.unmerge:
                 unmerging.attach(self._adapter, self._undo)
             door.attach(self._adapter, self._plan, self._record, self._undo)
@@ -171,8 +172,7 @@ class Handle:
         _ACTIVE[model] = self
 
     def _uninstall(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._undo.take_off()
         model = self._model()
         if model is not None and _ACTIVE.get(model) is self:
             del _ACTIVE[model]

@@ -17,19 +17,21 @@ from torch import Tensor, nn
 from vtc.adapter import Adapter
 from vtc.engine import carry, size_bias
 from vtc.engine.forward import FORWARD, Forward, LayerState, inverse_columns, lookup, take
+from vtc.engine.host import cache as host
+from vtc.engine.host import names
+from vtc.engine.host.override import Undo
 from vtc.engine.host.rotary import rotate
 from vtc.engine.plan import ATTENTION_SIGNALS, OUTPUTS, Plan, Step, source_layer
 from vtc.engine.visual import Visual
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import attention_rows, received_attention
 
-Undo = Callable[[], None]
 #: what a layer at the site would get, cut to the rows that enter it
 Arguments = Callable[[], Mapping[str, Any]]
 DOOR = ("text_embeds", "visual_embeds")
 
 
-def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
+def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
     """Hook the modules whose outputs the signals of `plan` are made of; what takes the hooks off goes to `undo`."""
     needs: dict[int, set[str]] = {}
     for index in plan.layers:
@@ -37,24 +39,22 @@ def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
             source = source_layer(index, signal)
             if source is not None and source < index:
                 needs.setdefault(source, set()).add(signal.name if signal.name in OUTPUTS else "attention")
-    for source, names in sorted(needs.items()):
+    for source, needed in sorted(needs.items()):
         attention, layer = adapter.layer_attention(source), adapter.layers[source]
-        if "attention" in names:
-            undo += [
-                attention.query.register_forward_hook(functools.partial(_capture, source, "query")).remove,
-                attention.key.register_forward_hook(functools.partial(_capture, source, "key")).remove,
-                layer.register_forward_pre_hook(functools.partial(_capture_arguments, source), with_kwargs=True).remove,
-            ]
-        if "attention_output" in names:
+        if "attention" in needed:
+            undo.after(attention.query, functools.partial(_capture, source, "query"))
+            undo.after(attention.key, functools.partial(_capture, source, "key"))
+            undo.before(layer, functools.partial(_capture_arguments, source), with_kwargs=True)
+        if "attention_output" in needed:
             assert attention.output is not None
             hook = functools.partial(_capture, source, "attention_output")
-            undo.append(attention.output.register_forward_hook(hook).remove)
-        if "layer_input" in names:
+            undo.after(attention.output, hook)
+        if "layer_input" in needed:
             enter = functools.partial(_capture_input, source, "layer_input")
-            undo.append(layer.register_forward_pre_hook(enter).remove)
-        if "mlp_input" in names:
+            undo.before(layer, enter)
+        if "mlp_input" in needed:
             enter = functools.partial(_capture_input, source, "mlp_input")
-            undo.append(adapter.layer_mlp(source).register_forward_pre_hook(enter).remove)
+            undo.before(adapter.layer_mlp(source), enter)
 
 
 def note_door(plan: Plan, state: Forward, visual: Visual, embeds: Tensor) -> None:
@@ -69,23 +69,23 @@ def collect(
     """The signals that the stage of `step` at layer `index` declares, aligned with the tokens of `visual`."""
     found = carry.collect(step, state, visual)
     rows, sample = visual.rows(state.row_of), visual.sample_index
-    names = {signal.name for signal in step.stage.signals}
-    if "position" in names:
+    needed = {signal.name for signal in step.stage.signals}
+    if "position" in needed:
         found["position"] = torch.where(visual.column < 0, -1, visual.column + state.past)
-    if "normed_states" in names:
+    if "normed_states" in needed:
         found["normed_states"] = adapter.final_norm(visual.gather(hidden, state.row_of))
     text, is_text = _text_rows(state, visual)
     text_column = lookup(state.columns(), text)
-    if any(name.startswith("text_") or name.endswith("_to_text") for name in names):
+    if any(name.startswith("text_") or name.endswith("_to_text") for name in needed):
         found["text_mask"] = is_text[sample]
         found["text_after"] = text[sample] > rows.max(dim=1, keepdim=True).values
         found["text_position"] = text_column[sample] + state.past
-    if "text_states" in names:
+    if "text_states" in needed:
         found["text_states"] = adapter.final_norm(take(hidden, text))[sample]
-    if "text_embeds" in names:
+    if "text_embeds" in needed:
         assert state.door_embeds is not None
         found["text_embeds"] = take(state.door_embeds, text_column)[sample]
-    if "visual_embeds" in names:
+    if "visual_embeds" in needed:
         found.update(_door_embeds(state, sample))
     for signal in step.stage.signals:
         layer = source_layer(index, signal)
@@ -140,7 +140,7 @@ class Source:
 
     def queries(self, rows: Int[Tensor, "B Q"] | None = None) -> Float[Tensor, "B H Q d"]:
         """Queries of `rows` (None: all) after RoPE."""
-        cos, sin = self.arguments["position_embeddings"]
+        cos, sin = self.arguments[names.POSITION_EMBEDDINGS]
         if rows is not None:
             cos, sin = take(cos, rows), take(sin, rows)
         return rotate(self.plain_queries(rows), cos, sin)
@@ -155,7 +155,7 @@ class Source:
     @functools.cached_property
     def keys(self) -> Float[Tensor, "B G R d"]:
         """Keys of all rows of this call after RoPE."""
-        cos, sin = self.arguments["position_embeddings"]
+        cos, sin = self.arguments[names.POSITION_EMBEDDINGS]
         return rotate(self.plain_keys, cos, sin)
 
     @functools.cached_property
@@ -163,7 +163,7 @@ class Source:
         """The same behind the keys of earlier calls."""
         if not self.state.held:
             return self.keys
-        cached: Tensor = self.state.cache.layers[self.layer].keys
+        cached: Tensor = host.keys(self.state.cache, self.layer)
         return cached if self.hidden is None else torch.cat([cached, self.keys.to(cached.dtype)], dim=2)
 
     @functools.cached_property
@@ -181,7 +181,7 @@ class Source:
 
     def visible(self, rows: Int[Tensor, "B Q"]) -> Bool[Tensor, "B Q K"]:
         """What `rows` see of all keys, by the mask that the layer gets."""
-        mask = self.arguments.get("attention_mask")
+        mask = self.arguments.get(names.ATTENTION_MASK)
         keys, new = self.all_keys.shape[2], self.keys.shape[2]
         if mask is not None and mask.dim() == 4:
             mask = mask[:, 0].expand(rows.shape[0], -1, -1)
@@ -207,7 +207,7 @@ class Source:
 
     def gravity(self, rows: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q R"]:
         """Mean product of vectors of ones, rotated to the places of `rows` and of all rows of this call."""
-        cos, sin = (part.float() for part in self.arguments["position_embeddings"])
+        cos, sin = (part.float() for part in self.arguments[names.POSITION_EMBEDDINGS])
         here = take(cos, rows), take(sin, rows)
         asking = rotate(torch.ones_like(here[0])[:, None], *here)
         keys = rotate(torch.ones_like(cos)[:, None], cos, sin).expand(asking.shape[0], -1, -1, -1)
@@ -380,7 +380,7 @@ def _row_of(state: Forward, layer: int) -> Int[Tensor, "B S"]:
 def _capture(layer: int, name: str, module: nn.Module, args: Any, output: Any) -> None:
     state = FORWARD.get()
     if state is not None and state.visual is not None:
-        state.captured[layer, name] = output[0] if isinstance(output, tuple) else output
+        state.captured[layer, name] = names.first_of(output)
 
 
 def _capture_input(layer: int, name: str, module: nn.Module, args: Any) -> None:

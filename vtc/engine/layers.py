@@ -14,17 +14,16 @@ from vtc.adapter import Adapter
 from vtc.engine import freeze, layer_signals, size_bias
 from vtc.engine.door import apply_step
 from vtc.engine.forward import FORWARD, Forward, LayerState, lookup, take
-from vtc.engine.halves import override, silence, silenced
-from vtc.engine.host import masks
+from vtc.engine.halves import silence, silenced
+from vtc.engine.host import masks, names
+from vtc.engine.host.override import Undo
 from vtc.engine.memory import Held
 from vtc.engine.plan import Plan, Step, check_biased, layer_of
 from vtc.engine.state import stopwatch
 from vtc.errors import SpecError
 
-Undo = Callable[[], None]
 
-
-def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
+def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
     """Hook the decoder layers that a stage acts on or after; what takes the hooks off again goes to `undo`."""
     if not plan.layers and not plan.size_bias:
         return
@@ -32,15 +31,15 @@ def attach(adapter: Adapter, plan: Plan, undo: list[Undo]) -> None:
     first = 0 if plan.size_bias else min((plan.layers[0], *evicted))
     for index in range(first, len(adapter.layers)):
         hook = functools.partial(_enter_layer, adapter, plan, index)
-        undo.append(adapter.layers[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        undo.before(adapter.layers[index], hook, with_kwargs=True)
     for index in sorted({layer_of(step) - 1 for step in plan.steps if step.stage.before_mlp}):
         attention, mlp = adapter.projections(index)[0], adapter.layer_mlp(index)
-        override(attention, functools.partial(silenced, attention, True), undo)
-        override(mlp, functools.partial(silenced, mlp, False), undo)
+        undo.override(attention, functools.partial(silenced, attention, True))
+        undo.override(mlp, functools.partial(silenced, mlp, False))
         run = functools.partial(_run_halves, adapter, plan, index, attention, mlp)
-        override(adapter.layers[index], run, undo)
+        undo.override(adapter.layers[index], run)
     for index in plan.frozen:
-        undo.append(adapter.layers[index].register_forward_hook(functools.partial(freeze.leave, index)).remove)
+        undo.after(adapter.layers[index], functools.partial(freeze.leave, index))
     # after the hooks above, so that what is captured is already cut
     layer_signals.attach(adapter, plan, undo)
 
@@ -84,7 +83,7 @@ def _run_halves(
         return original(hidden, *args, **kwargs)
     with silence(mlp):
         output = original(hidden, *args, **kwargs)
-    hidden = output[0] if isinstance(output, tuple) else output
+    hidden = names.first_of(output)
     for step in plan.at("layer", index + 1):
         if step.stage.before_mlp:
             # nothing of the next layer is read, which the plan has checked
@@ -143,7 +142,7 @@ def _arguments(
     if is_whole and not plan.size_bias:
         return {}
     # layers of different kinds (sliding window, local RoPE) get different masks and rotations
-    key = id(before), id(kwargs.get("attention_mask")), id(kwargs["position_embeddings"])
+    key = id(before), id(kwargs.get(names.ATTENTION_MASK)), id(kwargs[names.POSITION_EMBEDDINGS])
     if key in state.shared:
         return state.shared[key]
     bias = size_bias.of_layer(state, index, _layer_state(plan, state, index))
@@ -152,26 +151,26 @@ def _arguments(
     cut: dict[str, Any] = {}
     place = state.place
     if place is not None:
-        cut["position_embeddings"] = tuple(take(part, place) for part in kwargs["position_embeddings"])
-        if kwargs.get("position_ids") is not None:
-            cut["position_ids"] = take(kwargs["position_ids"], place, dim=-1)
+        cut[names.POSITION_EMBEDDINGS] = tuple(take(part, place) for part in kwargs[names.POSITION_EMBEDDINGS])
+        if kwargs.get(names.POSITION_IDS) is not None:
+            cut[names.POSITION_IDS] = take(kwargs[names.POSITION_IDS], place, dim=-1)
     if plan.positions == "renumber":
         positions = _renumbered(state, before)
-        cut["position_embeddings"] = adapter.rotation(hidden, positions)
-        if kwargs.get("position_ids") is not None:
-            cut["position_ids"] = positions
+        cut[names.POSITION_EMBEDDINGS] = adapter.rotation(hidden, positions)
+        if kwargs.get(names.POSITION_IDS) is not None:
+            cut[names.POSITION_IDS] = positions
     held = state.memory.place(index, state.dense) if state.memory is not None else None
     held = state.arange(state.held) if held is None else held
     new = state.arange(state.rows) if place is None else place
     columns = torch.cat([held, torch.where(new < 0, -1, new + state.held)], dim=1)
-    mask, implementation = kwargs.get("attention_mask"), adapter.text_config._attn_implementation
+    mask, implementation = kwargs.get(names.ATTENTION_MASK), names.attention_of(adapter.text_config)
     if mask is not None:
-        cut["attention_mask"] = masks.cut(mask, place, columns)
+        cut[names.ATTENTION_MASK] = masks.cut(mask, place, columns)
     elif bias is not None or state.ragged or (before is not None and before.ragged):
-        cut["attention_mask"] = masks.causal(columns >= 0, state.rows, hidden.dtype, implementation)
+        cut[names.ATTENTION_MASK] = masks.causal(columns >= 0, state.rows, hidden.dtype, implementation)
     if bias is not None:
         check_biased(implementation)
-        cut["attention_mask"] = size_bias.added(cut["attention_mask"], bias, hidden.dtype)
+        cut[names.ATTENTION_MASK] = size_bias.added(cut[names.ATTENTION_MASK], bias, hidden.dtype)
     state.shared[key] = cut
     return cut
 

@@ -4,7 +4,6 @@ Host code sees the *logical* length, as if nothing had been dropped: positions, 
 on unchanged. Masks are sized by what each layer really holds.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vtc.engine.host import cache as host
 from vtc.engine.plan import Plan
 from vtc.engine.state import ATTRIBUTE
 from vtc.errors import StateError, UnsupportedFeatureError
@@ -84,7 +84,7 @@ def memory_of(cache: Any, plan: Plan, batch: int) -> Memory | None:
         StateError: the cache was made under another patch, or its batch changed.
     """
     memory: Memory | None = getattr(cache, ATTRIBUTE, None)
-    if memory is None or held_length(cache) == 0:
+    if memory is None or host.held_length(cache) == 0:
         return None
     if memory.plan is not plan:
         raise StateError(
@@ -103,12 +103,8 @@ def memory_of(cache: Any, plan: Plan, batch: int) -> Memory | None:
 def remember(cache: Any, memory: Memory) -> None:
     """Attach `memory` to `cache` and let the cache report logical lengths."""
     setattr(cache, ATTRIBUTE, memory)
-    # instance attributes, not a class: they go with the cache, survive copies, and nothing global changes
-    cache.get_seq_length = functools.partial(_logical_length, cache)
-    cache.get_query_offset = functools.partial(_reference_length, cache)
     # one width for every mask, that of the reference layer, whichever layer the host sizes it by
-    cache.get_mask_sizes = functools.partial(_mask_sizes, cache)
-    cache.crop = functools.partial(_crop, cache)
+    host.answer(cache, length=_logical_length, offset=_reference_length, mask_sizes=_mask_sizes, crop=_crop)
 
 
 def check_cache(cache: Any) -> None:
@@ -117,20 +113,15 @@ def check_cache(cache: Any) -> None:
     Raises:
         UnsupportedFeatureError: a static cache.
     """
-    if cache is not None and getattr(cache, "is_compileable", False) and len(getattr(cache, "layers", ())):
+    if cache is not None and host.is_static(cache):
         raise UnsupportedFeatureError(
             f"{type(cache).__name__}: its entries have fixed places, so dropped tokens would still be attended to. "
             "Use the default DynamicCache (no cache_implementation='static')."
         )
 
 
-def held_length(cache: Any, layer_idx: int = 0) -> int:
-    """Entries that a layer really holds."""
-    return int(cache.layers[layer_idx].get_seq_length()) if layer_idx < len(cache.layers) else 0
-
-
 def _reference_length(cache: Any, layer_idx: int = 0) -> int:
-    return held_length(cache, getattr(cache, ATTRIBUTE).plan.reference)
+    return host.held_length(cache, getattr(cache, ATTRIBUTE).plan.reference)
 
 
 def _mask_sizes(cache: Any, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -139,7 +130,7 @@ def _mask_sizes(cache: Any, query_length: int, layer_idx: int = 0) -> tuple[int,
 
 def _logical_length(cache: Any, layer_idx: int = 0) -> int:
     memory: Memory = getattr(cache, ATTRIBUTE)
-    held = held_length(cache, layer_idx)
+    held = host.held_length(cache, layer_idx)
     return held and held - memory.layers[layer_idx].column.shape[1] + memory.length
 
 
@@ -164,7 +155,7 @@ def _crop(cache: Any, length: int | Tensor) -> None:
                     "and layers hold different ones of them. Prefill again, or crop only what follows the last image."
                 )
         setattr(cache, ATTRIBUTE, _cropped(memory, surplus))
-    type(cache).crop(cache, min(0, left - whole))
+    host.crop(cache, max(0, whole - left))
 
 
 def _cropped(memory: Memory, surplus: int) -> Memory:

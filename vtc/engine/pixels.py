@@ -6,7 +6,6 @@ place of its anchor on the stock grid, so that packing and placeholder counts of
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pixel_unshuffle
 
 from vtc.adapter import Encoder, Resize
+from vtc.engine.host import names
+from vtc.engine.host.override import Undo
 from vtc.engine.plan import Plan, Step
 from vtc.engine.state import EncodeState, run_step, stopwatch
 from vtc.engine.tower_signals import state_of
@@ -21,14 +22,12 @@ from vtc.engine.visual import budgets
 from vtc.errors import UnsupportedFeatureError
 from vtc.tokens import Layout, Tokens
 
-Undo = Callable[[], None]
 
-
-def attach(plan: Plan, encoder: Encoder, undo: list[Undo]) -> None:
+def attach(plan: Plan, encoder: Encoder, undo: Undo) -> None:
     """Hook the tower of `encoder` where a `pixels` stage acts; what takes the hook off again goes to `undo`."""
     if plan.at("pixels"):
         hook = functools.partial(_enter_tower, plan, encoder)
-        undo.append(encoder.tower.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        undo.before(encoder.tower, hook, with_kwargs=True)
 
 
 def _enter_tower(plan: Plan, encoder: Encoder, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -40,7 +39,7 @@ def _enter_tower(plan: Plan, encoder: Encoder, module: Any, args: Any, kwargs: d
         raise UnsupportedFeatureError(
             f"{plan.at('pixels')[0]} cannot shrink {encoder.modality}s of this model: {encoder.resize}."
         )
-    image = args[0] if args else kwargs["pixel_values"]
+    image = args[0] if args else kwargs[names.PIXELS]
     (step,) = plan.at("pixels")
     with stopwatch(image.device) as watch:
         height, width = _decide(step, encoder.resize, state, image)
@@ -49,7 +48,7 @@ def _enter_tower(plan: Plan, encoder: Encoder, module: Any, args: Any, kwargs: d
             # smoothed, as image processors scale
             small = interpolate(image.float(), shape, mode="bicubic", antialias=True, align_corners=False)
             small = small.to(image.dtype)
-            args, kwargs = ((small, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": small})
+            args, kwargs = ((small, *args[1:]), kwargs) if args else (args, {**kwargs, names.PIXELS: small})
             if encoder.resize.flag is not None:
                 kwargs = {**kwargs, encoder.resize.flag: True}
     state.seconds = watch.seconds

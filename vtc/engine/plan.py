@@ -1,10 +1,11 @@
 """Which stage acts where on one model; everything that can be refused is refused here, before anything changes."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from vtc.adapter import Adapter
 from vtc.companion import ClipCompanion, in_clip
+from vtc.engine.host import names
+from vtc.engine.host.flash import is_flash
 from vtc.errors import SignalUnavailableError, SpecError, UnsupportedFeatureError
 from vtc.stages import Method, Signal, Stage
 from vtc.tokens import Budget
@@ -170,7 +171,7 @@ def make_plan(
     _check_together(adapter, steps)
     biased = any(method.size_bias for method in methods) if size_bias is None else size_bias
     if biased:
-        check_biased(adapter.text_config._attn_implementation)
+        check_biased(names.attention_of(adapter.text_config))
     plan = Plan(methods, tuple(steps), positions, biased, companion, virtual)
     if virtual:
         _check_unmerge(adapter, plan)
@@ -281,7 +282,7 @@ def _check_together(adapter: Adapter, steps: list[Step]) -> None:
                     f"{other} acts while {step} has tokens parked until layer {step.stage.until}. Let it act before "
                     f"layer {layer_of(step)} or from layer {step.stage.until} on."
                 )
-    if frozen and (adapter.text_config._attn_implementation or "").startswith("flash"):
+    if frozen and is_flash(adapter):
         raise UnsupportedFeatureError(
             "frozen layers need a mask that flash attention cannot express. "
             "Load the model with attn_implementation='sdpa'."
@@ -345,8 +346,7 @@ def _check_tower(adapter: Adapter, step: Step) -> None:
             f"act at the blocks 0..{reach - 1} (0-based)."
         )
     for encoder in adapter.encoders:
-        implementation: Any = encoder.tower.config
-        implementation = implementation._attn_implementation
+        implementation = names.attention_of(encoder.tower.config)
         if step.stage.proportional and implementation not in ("eager", "sdpa"):
             raise UnsupportedFeatureError(
                 f"{step} adds log(size) to the attention logits of the tower, for which {implementation!r} has no "

@@ -23,9 +23,10 @@ from vtc.adapter import Attention
 from vtc.encoder_report import EncoderReport
 from vtc.encoders import ImageEncoder, encoder_for, methods_by_themselves
 from vtc.engine import tower
-from vtc.engine.halves import override
 from vtc.engine.handle import handle_around
+from vtc.engine.host import names
 from vtc.engine.host.compiled import refuse_compiled
+from vtc.engine.host.override import Undo
 from vtc.engine.plan import CAPTURED, Step
 from vtc.engine.state import PATCHED_ENCODERS
 from vtc.engine.tower_groups import without_prefix
@@ -127,7 +128,7 @@ class EncoderHandle:
         self.encoder = encoder
         self._methods = methods
         self._steps = _plan(encoder, methods)
-        self._undo: list[Callable[[], None]] = []
+        self._undo = Undo()
         self._last: Callable[[], EncoderReport] | None = None
 
     @property
@@ -153,8 +154,7 @@ class EncoderHandle:
 
     def remove(self) -> None:
         """Take the patch off; the encoder is what it was before. Calling it twice does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.take_off()
         reference = _HANDLES.get(self.encoder.tower)
         if reference is not None and reference() is self:
             del _HANDLES[self.encoder.tower], PATCHED_ENCODERS[self.encoder.tower]
@@ -168,12 +168,12 @@ class EncoderHandle:
             if self._steps:
                 parts = encoder.halves, encoder.attention_of
                 tower.attach(encoder.tower, encoder.blocks, parts, self._steps, self._running, self._begin, undo)
-            override(encoder.blocks[-1], self._leave, undo)
-            undo.append(encoder.patches.register_forward_hook(_note_grid).remove)
+            undo.override(encoder.blocks[-1], self._leave)
+            undo.after(encoder.patches, _note_grid)
             for name in encoder.bypasses:
-                override(encoder.tower, functools.partial(self._refuse, name), undo, name)
+                undo.override(encoder.tower, functools.partial(self._refuse, name), name)
             signature = inspect.signature(getattr(encoder.tower, encoder.entry))
-            override(encoder.tower, functools.partial(self._enter, signature), undo, encoder.entry)
+            undo.override(encoder.tower, functools.partial(self._enter, signature), encoder.entry)
         except BaseException:
             self.remove()
             raise
@@ -371,13 +371,12 @@ def _expand_states(output: Any, passage: _Passage) -> None:
             "the encoder returned its hidden states in a tuple, whose parts have no names. Call it with "
             "return_dict=True."
         )
-    states = getattr(output, "hidden_states", None)
+    states = getattr(output, names.HIDDEN_STATES, None)
     if states is None:
         return
     last = len(states) - 1
-    output.hidden_states = tuple(
-        state if state is None or i == last else passage.expand(state, i - 1) for i, state in enumerate(states)
-    )
+    expanded = (state if state is None or i == last else passage.expand(state, i - 1) for i, state in enumerate(states))
+    setattr(output, names.HIDDEN_STATES, tuple(expanded))
 
 
 def _flops(encoder: ImageEncoder, lengths: list[tuple[int, ...]], entering: tuple[int, ...]) -> int:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from vtc.adapter import Attention, Halves
 from vtc.engine.groups import gather_signal, gather_tokens
-from vtc.engine.halves import is_silent, override, silence, silenced
+from vtc.engine.halves import is_silent, silence, silenced
+from vtc.engine.host import names
+from vtc.engine.host.override import Undo
 from vtc.engine.plan import Step
 from vtc.engine.state import run_step, stopwatch
 from vtc.errors import SpecError, UnsupportedFeatureError
@@ -29,7 +31,6 @@ from vtc.kernels import attention_rows, received_attention
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout, Tokens
 
-Undo = Callable[[], None]
 Targets = Callable[[Step, tuple[int, ...]], tuple[int, ...]]
 
 #: attention implementations that take an additive mask
@@ -248,7 +249,7 @@ class Passage:
     def _signals(self, index: int, attention: Attention) -> dict[str, Tensor]:
         """What the stages at block `index` read of its attention, for the rows that they see."""
         found: dict[str, Tensor] = {}
-        names = {signal.name for step in self.steps[index] for signal in step.stage.signals}
+        needed = {signal.name for step in self.steps[index] for signal in step.stage.signals}
         width = self.prefix + max(self.lengths)
         queries = keys = torch.empty(0)
         if "key" in self.captured:
@@ -258,16 +259,16 @@ class Passage:
             queries = attention.split_queries(self.captured["query"])
             if not math.isclose(attention.scale, attention.head_dim**-0.5):
                 queries = queries * (attention.scale * attention.head_dim**0.5)
-        if "keys" in names:
+        if "keys" in needed:
             found["keys"] = keys[self.rows, :, :width]
-        if "queries" in names:
+        if "queries" in needed:
             found["queries"] = queries[self.rows, :, :width]
-        if names & {"cls_attention", "received_attention"}:
+        if needed & {"cls_attention", "received_attention"}:
             seen, biased, plain = self._attended(queries, keys)
-            if "cls_attention" in names:
+            if "cls_attention" in needed:
                 row = attention_rows(biased[:, :, :1], plain, mask=seen, scale=attention.head_dim**-0.5)
                 found["cls_attention"] = row[self.rows, 0, :width]
-            if "received_attention" in names:
+            if "received_attention" in needed:
                 segments = torch.where(seen, 0, -1)
                 received = received_attention(biased, plain, segments=segments, scale=attention.head_dim**-0.5)
                 found["received_attention"] = received[self.rows, :width]
@@ -329,7 +330,7 @@ def attach(
     steps: Mapping[int, tuple[Step, ...]],
     running: Callable[[], Passage | None],
     begin: Callable[[Tensor], Passage | None],
-    undo: list[Undo],
+    undo: Undo,
 ) -> None:
     """Let `tower` run `steps` at their blocks; what takes it off again goes to `undo`.
 
@@ -345,18 +346,18 @@ def attach(
         block = blocks[index]
         halves = halves_of(block)
         place = list(inspect.signature(halves.attention.forward).parameters).index(halves.mask)
-        override(halves.attention, functools.partial(_masked_attention, halves, place, running), undo)
+        undo.override(halves.attention, functools.partial(_masked_attention, halves, place, running))
         if index in steps:
             attention = attention_of(block)
             start = begin if index == min(steps) else None
-            override(halves.mlp, functools.partial(silenced, halves.mlp, False), undo)
+            undo.override(halves.mlp, functools.partial(silenced, halves.mlp, False))
             run = functools.partial(_run_block, index, halves, attention, running, start)
-            override(block, run, undo)
-            names = {signal.name for step in steps[index] for signal in step.stage.signals}
+            undo.override(block, run)
+            needed = {signal.name for step in steps[index] for signal in step.stage.signals}
             for part, module in (("query", attention.query), ("key", attention.key)):
-                if names & _NEEDS[part]:
-                    undo.append(_record(module, part, running, enters=attention.project is not None))
-    undo.append(tower.register_forward_hook(functools.partial(_restore, running)).remove)
+                if needed & _NEEDS[part]:
+                    undo.after(module, functools.partial(_record, part, running, attention.project is not None))
+    undo.after(tower, functools.partial(_restore, running))
 
 
 _NEEDS = {
@@ -403,7 +404,7 @@ def _masked_attention(
         given = args[place] if len(args) > place else kwargs.get(halves.mask)
         passage.check_mask(given)
         if passage.is_short:
-            mask = passage.mask((args[0] if args else kwargs["hidden_states"]).dtype)
+            mask = passage.mask(names.hidden_argument(args, kwargs).dtype)
             if mask is not None and halves.mask == "key_padding_mask":
                 mask = mask[:, 0, 0]
             if len(args) > place:
@@ -413,15 +414,13 @@ def _masked_attention(
     return original(*args, **kwargs)
 
 
-def _record(module: nn.Module, name: str, running: Callable[[], Passage | None], enters: bool) -> Undo:
+def _record(
+    name: str, running: Callable[[], Passage | None], enters: bool, module: nn.Module, args: Any, output: Any
+) -> None:
     """Hook that notes what leaves `module`, or what enters it."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        passage = running()
-        if passage is not None:
-            passage.captured[name] = args[0] if enters else output
-
-    return module.register_forward_hook(hook).remove
+    passage = running()
+    if passage is not None:
+        passage.captured[name] = args[0] if enters else output
 
 
 def _restore(running: Callable[[], Passage | None], module: nn.Module, args: Any, output: Any) -> Any:
@@ -433,13 +432,11 @@ def _restore(running: Callable[[], Passage | None], module: nn.Module, args: Any
         raise UnsupportedFeatureError(
             "the vision tower returned a tuple, whose parts have no names. Call the encoder with return_dict=True."
         )
-    states = getattr(output, "hidden_states", None)
+    states = getattr(output, names.HIDDEN_STATES, None)
     if states is not None:
-        output.hidden_states = tuple(
-            None if state is None else passage.expand(state, i - 1) for i, state in enumerate(states)
-        )
-    output.last_hidden_state = passage.expand(output.last_hidden_state, max(passage.steps))
-    return output
+        expanded = tuple(None if state is None else passage.expand(state, i - 1) for i, state in enumerate(states))
+        setattr(output, names.HIDDEN_STATES, expanded)
+    return names.with_last_hidden(output, passage.expand(getattr(output, names.LAST_HIDDEN), max(passage.steps)))
 
 
 def _slots(token_map: TokenMap) -> Int[Tensor, "G N"]:

@@ -17,6 +17,8 @@ from torch.nn.functional import pad
 from vtc.adapter import Adapter, Encoder, Packing
 from vtc.engine import tower
 from vtc.engine.groups import Groups, gather_tokens
+from vtc.engine.host import names
+from vtc.engine.host.override import Undo
 from vtc.engine.plan import Plan, Step
 from vtc.engine.state import ENCODE, EncodeState
 from vtc.errors import BudgetError, UnsupportedFeatureError
@@ -25,7 +27,7 @@ from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout
 
 
-def attach(adapter: Adapter, plan: Plan, undo: list[tower.Undo]) -> None:
+def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
     """Let every tower of the model run the `tower[i]` steps; what takes it off again goes to `undo`."""
     seen: list[Any] = []
     for encoder in adapter.encoders if plan.tower else ():
@@ -85,7 +87,7 @@ def _begin(adapter: Adapter, plan: Plan, hidden: Float[Tensor, "T L D"]) -> towe
             "run. Encode in one batch, or use a method at tower_out."
         )
     first = encoder.blocks[0]
-    if first.training and getattr(first, "gradient_checkpointing", False):
+    if names.checkpoints(first):
         raise UnsupportedFeatureError(
             "gradient checkpointing runs tower blocks twice, the second time without the state of this call. "
             "Turn it off while the model is patched."
@@ -179,7 +181,7 @@ def _passage(
         rows,
         hidden.device,
         visible,
-        implementation=config._attn_implementation,
+        implementation=names.attention_of(config),
     )
 
 

@@ -6,20 +6,20 @@ let go when the block is done unless a stage reads it as it is.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Encoder
+from vtc.engine.host import names
+from vtc.engine.host.override import Undo
 from vtc.engine.host.rotary import rotate
 from vtc.engine.state import ENCODE, EncodeState
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import attention_rows, received_attention
 from vtc.stages import Signal
-
-Undo = Callable[[], None]
 
 #: what each signal is made of
 MADE_OF = {
@@ -33,22 +33,22 @@ MADE_OF = {
 }
 
 
-def capture(encoder: Encoder, wanted: Iterable[Signal], undo: list[Undo]) -> None:
+def capture(encoder: Encoder, wanted: Iterable[Signal], undo: Undo) -> None:
     """Hook the modules that the signals `wanted` are made of; those that the encoder lacks are left to the stage."""
     wanted = [s for s in wanted if encoder.lacks(s.name, s.layer) is None]
     needs: dict[int, set[str]] = {}
     for one in wanted:
         for block in blocks_of(encoder, one):
             needs.setdefault(block, set()).update(MADE_OF.get(one.name, ()))
-    for block, names in sorted(needs.items()):
+    for block, needed in sorted(needs.items()):
         attention, module = encoder.block_attention(block), _module(encoder, block)
-        if "query" in names:
-            undo.append(_record(attention.query, encoder, f"query{block}"))
-        if "key" in names:
-            undo.append(_record(attention.key, encoder, f"key{block}"))
+        if "query" in needed:
+            undo.after(attention.query, functools.partial(_record, encoder, f"query{block}"))
+        if "key" in needed:
+            undo.after(attention.key, functools.partial(_record, encoder, f"key{block}"))
             if encoder.rotary or encoder.segments is not None:
                 hook = functools.partial(_record_arguments, encoder, block)
-                undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                undo.before(module, hook, with_kwargs=True)
     kept = {
         f"{part}{block}"
         for one in wanted
@@ -59,10 +59,10 @@ def capture(encoder: Encoder, wanted: Iterable[Signal], undo: list[Undo]) -> Non
     if any(one.name == "cls_attention_layers" for one in wanted):
         for block in range(encoder.depth + 1):
             hook = functools.partial(_finish_block, encoder, block, kept)
-            undo.append(_module(encoder, block).register_forward_hook(hook).remove)
+            undo.after(_module(encoder, block), hook)
     if any(one.name == "cls_hidden" for one in wanted):
         for i, layer in enumerate(encoder.feature_layers):
-            undo.append(_record(layer, encoder, f"hidden{i}"))
+            undo.after(layer, functools.partial(_record, encoder, f"hidden{i}"))
 
 
 def blocks_of(encoder: Encoder, wanted: Signal) -> tuple[int, ...]:
@@ -105,7 +105,7 @@ def heads(state: EncodeState, name: str, block: int) -> Tensor:
     parts = split(_captured(state, f"{name}{block}", block))
     if not state.encoder.rotary:
         return parts
-    cos, sin = (part[None].float() for part in state.blocks[block]["position_embeddings"])
+    cos, sin = (part[None].float() for part in state.blocks[block][names.POSITION_EMBEDDINGS])
     return rotate(parts.float(), cos, sin)
 
 
@@ -162,13 +162,10 @@ def _module(encoder: Encoder, block: int) -> nn.Module:
     return encoder.blocks[block] if encoder.blocks else encoder.signal_block
 
 
-def _record(module: nn.Module, encoder: Encoder, name: str) -> Undo:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        state = state_of(encoder)
-        if state is not None:
-            state.captured[name] = output[0] if isinstance(output, tuple) else output
-
-    return module.register_forward_hook(hook).remove
+def _record(encoder: Encoder, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    state = state_of(encoder)
+    if state is not None:
+        state.captured[name] = names.first_of(output)
 
 
 def _record_arguments(encoder: Encoder, block: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ stayed equal at all its places; averaging them after every attention is what kee
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 
 from vtc.adapter import Adapter
 from vtc.engine.forward import FORWARD, Forward, compact_columns, inverse_columns, lookup, take
+from vtc.engine.host import names
+from vtc.engine.host.override import Undo
 from vtc.engine.visual import Visual
 from vtc.errors import UnsupportedFeatureError
-
-Undo = Callable[[], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,21 +52,17 @@ class Unmerging:
         return (total / count.clamp(min=1)[..., None])[:, :rows]
 
 
-def attach(adapter: Adapter, undo: list[Undo]) -> None:
+def attach(adapter: Adapter, undo: Undo) -> None:
     """Hook every decoder layer; what takes the hooks off again goes to `undo`."""
-    undo.append(adapter.layers[0].register_forward_pre_hook(_shorten, with_kwargs=True).remove)
+    undo.before(adapter.layers[0], _shorten, with_kwargs=True)
     for index in range(len(adapter.layers)):
         attention, inputs, output = adapter.projections(index)
-        undo += [
-            attention.register_forward_pre_hook(_expand_input, with_kwargs=True).remove,
-            attention.register_forward_hook(_shorten_output).remove,
-        ]
+        undo.before(attention, _expand_input, with_kwargs=True)
+        undo.after(attention, _shorten_output)
         # each projection runs on the rows alone, though the attention around it sees every column
         for module, cut in (*((part, "first") for part in inputs), (output, "mean")):
-            undo += [
-                module.register_forward_pre_hook(functools.partial(_before_projection, cut)).remove,
-                module.register_forward_hook(_after_projection).remove,
-            ]
+            undo.before(module, functools.partial(_before_projection, cut))
+            undo.after(module, _after_projection)
 
 
 def begin(state: Forward, located: Visual, embeds: Tensor) -> Tensor:
@@ -110,11 +105,7 @@ def restore(output: Any) -> Any:
     """What the language model returns, with a hidden state for every column again."""
     state = FORWARD.get()
     assert state is not None and state.unmerging is not None
-    hidden = state.unmerging.expand(output[0])
-    if isinstance(output, tuple):
-        return (hidden, *output[1:])
-    output.last_hidden_state = hidden
-    return output
+    return names.with_last_hidden(output, state.unmerging.expand(output[0]))
 
 
 def _running() -> Unmerging | None:
@@ -133,18 +124,14 @@ def _expand_input(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     running = _running()
     if running is None:
         return None
-    if args:
-        return (running.expand(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": running.expand(kwargs["hidden_states"])}
+    return names.with_hidden_argument(args, kwargs, running.expand(names.hidden_argument(args, kwargs)))
 
 
 def _shorten_output(module: nn.Module, args: Any, output: Any) -> Any:
     running = _running()
     if running is None:
         return None
-    if isinstance(output, tuple):
-        return (running.first(output[0]), *output[1:])
-    return running.first(output)
+    return names.with_first(output, running.first(names.first_of(output)))
 
 
 def _before_projection(cut: str, module: nn.Module, args: Any) -> Any:

@@ -6,42 +6,41 @@ their position ids are left out.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from vtc.adapter import Adapter
-from vtc.engine.door import Undo
-from vtc.engine.forward import FORWARD
+from vtc.engine.host import names
+from vtc.engine.host.override import Undo
 from vtc.errors import StateError
 
 
-def attach(adapter: Adapter, undo: list[Undo]) -> None:
-    """Hook every decoder layer of a model with flash attention; what takes the hooks off again goes to `undo`."""
+def attach(adapter: Adapter, is_cut: Callable[[], bool], undo: Undo) -> None:
+    """Hook every decoder layer of a model with flash attention; what takes the hooks off again goes to `undo`.
+
+    `is_cut` says whether the running forward has other rows or entries than the host thinks.
+    """
     flash = is_flash(adapter)
-    check = functools.partial(_check_unchanged, adapter, flash)
-    undo.append(adapter.language_model.register_forward_pre_hook(check).remove)
+    undo.before(adapter.language_model, functools.partial(_check_unchanged, adapter, flash))
     if flash:
-        undo += [
-            layer.register_forward_pre_hook(_without_positions, with_kwargs=True).remove for layer in adapter.layers
-        ]
+        for layer in adapter.layers:
+            undo.before(layer, functools.partial(_without_positions, is_cut), with_kwargs=True)
 
 
 def is_flash(adapter: Adapter) -> bool:
     """Whether the decoder runs with some version of flash attention."""
-    return (adapter.text_config._attn_implementation or "").startswith("flash")
+    return (names.attention_of(adapter.text_config) or "").startswith("flash")
 
 
 def _check_unchanged(adapter: Adapter, flash: bool, module: nn.Module, args: Any) -> None:
     if flash != is_flash(adapter):
         raise StateError(
-            f"the attention of the model became {adapter.text_config._attn_implementation!r} after it was patched. "
+            f"the attention of the model became {names.attention_of(adapter.text_config)!r} after it was patched. "
             "Call handle.remove(), set the attention, and patch again."
         )
 
 
-def _without_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    state = FORWARD.get()
-    if state is None or (state.visual is None and state.memory is None):
-        return None
-    return args, {**kwargs, "position_ids": None}
+def _without_positions(is_cut: Callable[[], bool], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    return (args, {**kwargs, names.POSITION_IDS: None}) if is_cut() else None

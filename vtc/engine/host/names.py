@@ -1,0 +1,141 @@
+"""Every keyword and attribute of transformers that vtc reads or writes, each once.
+
+A rename by transformers is a line here. `vtc.engine.host.contract` checks at the patch that the host's signatures have
+these words, so a rename that nobody made here is refused before it can be decoded wrongly.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+#: arguments of models and layers
+INPUT_IDS = "input_ids"
+INPUTS_EMBEDS = "inputs_embeds"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+POSITION_EMBEDDINGS = "position_embeddings"
+HIDDEN_STATES = "hidden_states"  # an argument of layers, and the field of outputs that lists all of them
+LOGITS_TO_KEEP = "logits_to_keep"
+ENCODER_OUTPUTS = "mm_encoder_outputs"  # modality -> what the encoder's method returned
+TOKEN_TYPES = "token_type_ids"  # which tokens belong to an image (Gemma 3, PaliGemma)
+PIXELS = "pixel_values"
+VIDEO_PIXELS = "pixel_values_videos"
+FEATURE_LAYER = "vision_feature_layer"  # an argument of encoders, and a field of configs
+
+#: the KV cache, newest word first; a host whose forward takes one of them translates the later ones inside it
+CACHE_WORDS = ("cache", "past_key_values")
+
+#: fields of outputs
+LAST_HIDDEN = "last_hidden_state"
+FEATURES = "pooler_output"  # what an encoder's method gives the LLM
+
+#: fields of configs and modules
+ATTENTION = "_attn_implementation"
+CHECKPOINTING = "gradient_checkpointing"
+
+
+def parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of the forward of `module`, in order."""
+    return _parameters(type(module).forward)  # the class's, which hooks and wrappers of an instance leave alone
+
+
+def cache_words(module: nn.Module) -> tuple[str, ...]:
+    """The words by which the forward of `module` takes a KV cache, its own first; empty: by none that we know."""
+    return _cache_words(type(module).forward)
+
+
+def find_cache(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[bool, Any]:
+    """Whether a call of `module` with `arguments` names a KV cache (None counts), and the cache."""
+    word = next((word for word in cache_words(module) if word in arguments), None)
+    return (False, None) if word is None else (True, arguments[word])
+
+
+def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """`cache` under the word by which `module` takes it.
+
+    Example:
+        >>> from vtc.testing import tiny
+        >>> list(cache_argument(tiny("llava").model, None)) in (["cache"], ["past_key_values"])
+        True
+    """
+    return {cache_words(module)[0]: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache of what a model, a language model or `generate` returned; None: there is none."""
+    if isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    # the first word that the class has: older ones may be aliases that warn
+    return next((getattr(output, word) for word in CACHE_WORDS if hasattr(output, word)), None)
+
+
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call of `module` with `args` and `kwargs` gives each parameter of its forward, extra keywords too."""
+    return bound(inspect.signature(module.forward), args, kwargs)
+
+
+def bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same by a `signature`."""
+    given = signature.bind_partial(*args, **kwargs).arguments
+    return {**given, **given.get("kwargs", {})}
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention implementation that a config selects: "eager", "sdpa", "flash_attention_2" ..."""
+    implementation: str | None = getattr(config, ATTENTION)
+    return implementation
+
+
+def checkpoints(module: nn.Module) -> bool:
+    """Whether `module` runs twice in training to save memory."""
+    return module.training and bool(getattr(module, CHECKPOINTING, False))
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The hidden states that a layer, an attention or an MLP is called with."""
+    return args[0] if args else kwargs[HIDDEN_STATES]
+
+
+def with_hidden_argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of such a call with other hidden states."""
+    return ((hidden, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, HIDDEN_STATES: hidden})
+
+
+def first_of(output: Any) -> Any:
+    """The hidden states that a layer returned; older hosts return a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_first(output: Any, hidden: Any) -> Any:
+    """What a layer returned, with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def with_last_hidden(output: Any, hidden: Any) -> Any:
+    """What a language model returned, with other hidden states behind its last layer."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    setattr(output, LAST_HIDDEN, hidden)
+    return output
+
+
+def features_of(output: Any) -> Any:
+    """The features that an encoder's method returned: [images, N, D], or a sequence of [N, D]."""
+    return getattr(output, FEATURES)
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+@functools.cache
+def _cache_words(forward: Callable[..., Any]) -> tuple[str, ...]:
+    known = _parameters(forward)
+    own = next((i for i, word in enumerate(CACHE_WORDS) if word in known), len(CACHE_WORDS))
+    return CACHE_WORDS[own:]
