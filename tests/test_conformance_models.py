@@ -12,6 +12,7 @@ import torch
 
 import vtc
 from vtc.adapter import adapter_for
+from vtc.engine.host import names
 from vtc.engine.plan import make_plan
 from vtc.testing import GivenStages, families, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
@@ -105,7 +106,7 @@ def check(one, adapter, method, inputs):
         output = one.model(**inputs, use_cache=True)
         report = handle.report
     hook.remove()
-    cache, length = output.past_key_values, inputs["input_ids"].shape[1]
+    cache, length = names.cache_of(output), inputs["input_ids"].shape[1]
     visible = visible_columns(cache, length)
     is_visual = inputs["input_ids"] == one.placeholder
     valid = inputs["attention_mask"].bool()
@@ -146,4 +147,4 @@ def prefilled(one, method, inputs):
     stages = tuple(dataclasses.replace(stage, evict=None) for stage in method.stages())
     given = GivenStages(given=stages, budget=method.budget)
     with vtc.compress(one.model, given, positions="original"), torch.no_grad():
-        return one.model(**inputs, use_cache=True).past_key_values
+        return names.cache_of(one.model(**inputs, use_cache=True))

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtc
 from vtc import flops
+from vtc.engine.host import names
 from vtc.kernels.attention_rows import cost
 
 
@@ -40,6 +41,6 @@ def test_vision_tower(sdpa_llava):
 def test_kv_bytes(sdpa_llava):
     model = sdpa_llava.model
     with torch.no_grad():
-        cache = model(**sdpa_llava.inputs(), use_cache=True).past_key_values
+        cache = names.cache_of(model(**sdpa_llava.inputs(), use_cache=True))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == flops.kv_bytes(model.config.text_config, [24] * 4, element_size=4)

@@ -8,6 +8,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -241,6 +242,10 @@ class Adapter(ABC):
     bidirectional_prompt: ClassVar[bool] = False
     #: whether positions are places on the image (M-RoPE), so that gaps between them cannot be closed
     multimodal_positions: ClassVar[bool] = False
+    #: first version of transformers that places the pixels of a later turn rightly; "": every one that vtc allows
+    later_pixels_since: ClassVar[str] = ""
+    #: part of the model -> words that its forward must take beside those of every family, see `host.contract`
+    words: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
     #: whether one rotary embedding, a function of the position alone, serves all decoder layers
     renumbers: ClassVar[bool] = True
 

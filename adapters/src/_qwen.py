@@ -19,6 +19,7 @@ class QwenAdapter(LlamaAdapter):
     """`visual` and `language_model` of a Qwen-VL model."""
 
     multimodal_positions = True
+    later_pixels_since = "5.23"  # before, the stock model reads new pixels on a cache unlike the same in one turn
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:

@@ -23,6 +23,7 @@ class Gemma3Adapter(LlamaAdapter):
     model_types = ("gemma3",)
     checkpoints = ("google/gemma-3-4b-it", "google/gemma-3-12b-it", "google/gemma-3-27b-it")
     masks_outside = True
+    later_pixels_since = "5.23"  # before, the stock model reads new pixels on a cache unlike the same in one turn
     renumbers = False  # local and global layers rotate differently
 
     def layer_attention(self, index: int) -> Attention:

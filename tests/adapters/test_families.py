@@ -11,6 +11,7 @@ import torch
 import vtc
 from vtc import errors
 from vtc.adapter import adapter_for
+from vtc.engine.host import names
 from vtc.methods.fastervlm import FasterVLM
 from vtc.testing import families, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS, VIDEO_PROMPTS, TinyModel
@@ -44,7 +45,7 @@ def test_logits_equal_the_masked_model(family, kind, attention, spec):
     inputs = one.inputs(PROMPT_SETS[kind])
     length = inputs["input_ids"].shape[1]
     output, report = prefill(one.model, inputs, spec)
-    cache = output.past_key_values
+    cache = names.cache_of(output)
     visible = visible_columns(cache, length)
     expected = masked_logits(one.model, inputs, visible)
     kept = visible(3) & inputs["attention_mask"].bool()
@@ -73,7 +74,7 @@ def test_generated_tokens_equal_the_masked_model(family, kind, attention):
             output_logits=True,
         )
     new = output.sequences[:, length:]
-    visible = visible_columns(output.past_key_values, length, dense=new.shape[1] - 1)
+    visible = visible_columns(names.cache_of(output), length, dense=new.shape[1] - 1)
     expected = masked_logits(one.model, one.extend(inputs, new[:, :-1]), visible)[:, length - 1 :]
     assert relative_difference(torch.stack(output.logits, dim=1), expected) < 1e-5
     expected[..., SPECIAL] = -torch.inf
@@ -94,10 +95,12 @@ def test_a_second_turn_equals_the_masked_model(family, kind, attention):
         question = torch.randint(5, 150, (len(first.sequences), 4), generator=torch.Generator().manual_seed(1))
         whole = one.extend(answered, question)
         told = {name: whole[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in whole}
-        second = one.model.generate(**told, past_key_values=first.past_key_values, output_logits=True, **options)
+        second = one.model.generate(
+            **told, **names.cache_argument(one.model, names.cache_of(first)), output_logits=True, **options
+        )
     start = whole["input_ids"].shape[1]
     everything = one.extend(whole, second.sequences[:, start:-1])
-    visible = visible_columns(second.past_key_values, length, dense=everything["input_ids"].shape[1] - length)
+    visible = visible_columns(names.cache_of(second), length, dense=everything["input_ids"].shape[1] - length)
     expected = masked_logits(one.model, everything, visible)[:, start - 1 :]
     assert relative_difference(torch.stack(second.logits, dim=1), expected) < 1e-5
 
@@ -173,7 +176,7 @@ def test_tower_out_reaches_the_right_slots(family, kind, spec):
     with torch.no_grad():
         one.model(**inputs)
         with vtc.compress(one.model, spec, positions="original") as handle:
-            cache = one.model(**inputs, use_cache=True).past_key_values
+            cache = names.cache_of(one.model(**inputs, use_cache=True))
             encoded = getattr(adapter.inner, encoder.method)(**arguments, return_dict=True)._vtc
     hook.remove()
     dense, short = entered
@@ -303,7 +306,7 @@ class TestImagesAndVideosInOnePrompt:
         output, report = prefill(one.model, inputs, spec)
         hook.remove()
         dense, short = entered
-        column, weights = output.past_key_values._vtc.layers[0].column, report.token_map.matrix()
+        column, weights = names.cache_of(output)._vtc.layers[0].column, report.token_map.matrix()
         merged = 0
         for group, (sample, slots) in enumerate(self.slots(one, inputs["input_ids"])):
             assert report.samples[group] == sample
@@ -337,7 +340,7 @@ class TestImagesAndVideosInOnePrompt:
 
 def equals_masked(model, inputs, spec):
     output, report = prefill(model, inputs, spec)
-    visible = visible_columns(output.past_key_values, inputs["input_ids"].shape[1])
+    visible = visible_columns(names.cache_of(output), inputs["input_ids"].shape[1])
     kept = visible(3) & inputs["attention_mask"].bool()
     expected = masked_logits(model, inputs, visible)
     assert relative_difference(output.logits[kept], expected[kept]) < 1e-5

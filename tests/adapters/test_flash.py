@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.testing import families, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
 
@@ -94,14 +95,14 @@ def test_generation(family, spec, prompts, stand_in):
     with vtc.compress(one.model, spec, positions="original"):
         out = one.model.generate(**inputs, **GREEDY)
     new = out.sequences[:, length:]
-    visible = visible_columns(out.past_key_values, length, dense=new.shape[1] - 1)
+    visible = visible_columns(names.cache_of(out), length, dense=new.shape[1] - 1)
     expected = masked_logits(twin.model, one.extend(inputs, new[:, :-1]), visible)[:, length - 1 :]
     assert relative_difference(torch.stack(out.logits, dim=1), expected) < 1e-5
-    held = [layer.column.shape[1] for layer in out.past_key_values._vtc.layers]
+    held = [layer.column.shape[1] for layer in names.cache_of(out)._vtc.layers]
     prefill = stand_in.calls[: len(held)]
     assert [keys for _, _, keys, _, _ in prefill] == held
     assert all(queries == keys for _, queries, keys, _, _ in prefill)
-    ragged = [bool((layer.column < 0).any()) for layer in out.past_key_values._vtc.layers]
+    ragged = [bool((layer.column < 0).any()) for layer in names.cache_of(out)._vtc.layers]
     assert [mask is not None for *_, mask, _ in prefill] == ragged, "a mask exactly where something is padding"
 
 
@@ -113,17 +114,17 @@ def test_a_second_turn(family, then, stand_in):
     first = one.inputs([(3, "image", 4)])
     second = one.inputs([("image", 3)] if then == "image" else [(5,)], seed=1)
     with vtc.compress(one.model, SPECS[1], positions="original"), torch.no_grad():
-        cache = one.model(**first, use_cache=True).past_key_values
+        cache = names.cache_of(one.model(**first, use_cache=True))
         width = first["input_ids"].shape[1]
         pixels = {name: value for name, value in second.items() if name.startswith(("pixel", "image_sizes"))}
-        output = one.model(input_ids=second["input_ids"], past_key_values=cache, **pixels)
+        output = one.model(input_ids=second["input_ids"], **names.cache_argument(one.model, cache), **pixels)
     whole = {"input_ids": torch.cat([first["input_ids"], second["input_ids"]], dim=1)}
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
     for name in pixels.keys() | (first.keys() - whole.keys()):
         whole[name] = torch.cat([part[name] for part in (first, second) if name in part], dim=tiles_dim(family, name))
-    memory = output.past_key_values._vtc
+    memory = names.cache_of(output)._vtc
     length = whole["input_ids"].shape[1]
-    visible = visible_columns(output.past_key_values, memory.length, dense=length - memory.length)
+    visible = visible_columns(names.cache_of(output), memory.length, dense=length - memory.length)
     expected = masked_logits(twin.model, whole, visible)[:, width:]
     kept = visible(3)[:, width:]
     assert relative_difference(output.logits[kept], expected[kept]) < 1e-5

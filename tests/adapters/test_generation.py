@@ -13,6 +13,8 @@ from transformers import StaticCache, TextStreamer
 
 import vtc
 from vtc import errors
+from vtc.adapter import adapter_for
+from vtc.engine.host import contract, names
 from vtc.testing import families, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS, VIDEO_PROMPTS, TinyModel
 
@@ -91,11 +93,11 @@ def test_greedy(family, kind, attention, spec):
     one = built(family, attention)
     inputs = one.inputs(PROMPT_SETS[kind])
     out = generate(one, inputs, spec)
-    expected = expected_logits(one, inputs, out.sequences, out.past_key_values)
+    expected = expected_logits(one, inputs, out.sequences, names.cache_of(out))
     assert relative_difference(torch.stack(out.logits, dim=1), expected) < TOLERANCE
     expected[..., SPECIAL] = -torch.inf
     assert torch.equal(expected.argmax(-1), out.sequences[:, inputs["input_ids"].shape[1] :])
-    held = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    held = [layer.keys.shape[2] for layer in names.cache_of(out).layers]
     assert min(held) < out.sequences.shape[1] - 1, "nothing was dropped"
 
 
@@ -106,7 +108,7 @@ def test_sampling_draws_what_the_masked_model_draws(family, kind, attention, spe
     sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": 2}
     torch.manual_seed(3)
     out = generate(one, inputs, spec, **sampled)
-    expected = expected_logits(one, inputs, out.sequences, out.past_key_values)
+    expected = expected_logits(one, inputs, out.sequences, names.cache_of(out))
     assert relative_difference(torch.stack(out.logits, dim=1), expected) < TOLERANCE
     expected[..., SPECIAL] = -torch.inf
     torch.manual_seed(3)
@@ -121,7 +123,7 @@ def test_beams(family, kind, attention, spec):
     out = generate(one, inputs, spec, num_beams=3, num_return_sequences=2, length_penalty=0.0)
     # beams share their prompt, so the cache of one answer to each prompt says what is visible
     greedy = generate(one, inputs, spec)
-    expected = expected_logits(one, inputs, out.sequences, greedy.past_key_values)
+    expected = expected_logits(one, inputs, out.sequences, names.cache_of(greedy))
     # the host suppresses tokens after the softmax
     steps = expected.log_softmax(-1).gather(2, out.sequences[:, inputs["input_ids"].shape[1] :, None])
     torch.testing.assert_close(out.sequences_scores, steps[..., 0].sum(1), rtol=1e-4, atol=1e-4)
@@ -150,7 +152,7 @@ def test_candidates_of_the_prompt_and_of_an_assistant(family, kind, attention, s
             continue
         out = generate(one, inputs, spec, **options, **candidates)
         assert torch.equal(out.sequences, greedy.sequences), name
-        expected = expected_logits(one, inputs, out.sequences, out.past_key_values)
+        expected = expected_logits(one, inputs, out.sequences, names.cache_of(out))
         assert relative_difference(torch.stack(out.logits, dim=1), expected) < TOLERANCE, name
 
 
@@ -247,13 +249,17 @@ def test_a_second_turn_on_the_same_cache(family, turn, attention, spec):
         answered = one.extend(first, one_turn.sequences[:, first_length:])
         told = {name: torch.cat([answered[name], later[name]], dim=1) for name in later}
         given = {**told, **as_host_wants(one, new, whole)}
-        out = one.model.generate(**given, past_key_values=one_turn.past_key_values, **GREEDY)
+        if then and contract.is_older(adapter_for(one.model).later_pixels_since):
+            with pytest.raises(errors.UnsupportedFeatureError, match="stock model reads pixels"):
+                one.model.generate(**given, **names.cache_argument(one.model, names.cache_of(one_turn)), **GREEDY)
+            return
+        out = one.model.generate(**given, **names.cache_argument(one.model, names.cache_of(one_turn)), **GREEDY)
     start = told["input_ids"].shape[1]
     pixels = {name: value for name, value in whole.items() if name not in PER_TOKEN}
     everything = one.extend({**told, **pixels}, out.sequences[:, start:-1])
     length = everything["input_ids"].shape[1]
-    memory = out.past_key_values._vtc
-    visible = visible_columns(out.past_key_values, memory.length, dense=length - memory.length)
+    memory = names.cache_of(out)._vtc
+    visible = visible_columns(names.cache_of(out), memory.length, dense=length - memory.length)
     # the host counts a text turn on from the last frame's time, not from where the text before it stood
     positions = host_positions(one, first, told) if (family, turn) == ("qwen2_5_vl", "text-after-video") else None
     expected = masked_logits(one.model, everything, visible, position_ids=positions)[:, start - 1 :]
@@ -271,8 +277,8 @@ def host_positions(one, first, told):
     hook = one.model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: found.append(kwargs["position_ids"]), with_kwargs=True
     )
-    cache = one.model.generate(**first, **GREEDY).past_key_values
-    one.model.generate(**told, past_key_values=cache, **GREEDY)
+    cache = names.cache_of(one.model.generate(**first, **GREEDY))
+    one.model.generate(**told, **names.cache_argument(one.model, cache), **GREEDY)
     hook.remove()
     return torch.cat([part.expand(4, -1, -1) for part in found], dim=-1)  # text, time, height, width
 
@@ -333,7 +339,11 @@ class TestRefusals:
             vtc.compress(one.model, SPECS[0], positions="original"),
             pytest.raises(errors.UnsupportedFeatureError, match="StaticCache"),
         ):
-            one.model(**one.inputs(), past_key_values=StaticCache(config=config, max_cache_len=200), use_cache=True)
+            one.model(
+                **one.inputs(),
+                **names.cache_argument(one.model, StaticCache(config=config, max_cache_len=200)),
+                use_cache=True,
+            )
 
     def test_an_assistant_that_is_patched_itself(self):
         one, helper = built("llava"), tiny("llava", seed=5).model
@@ -347,15 +357,17 @@ class TestRefusals:
         one = built("llava")
         inputs = one.inputs()
         with vtc.compress(one.model, "random:7", positions="original"), torch.no_grad():
-            cache = one.model(**inputs, use_cache=True).past_key_values
+            cache = names.cache_of(one.model(**inputs, use_cache=True))
             whole = inputs["input_ids"].shape[1]
             cache.crop(-2)  # two of the five tokens behind the image
             assert cache.get_seq_length() == whole - 2
             step = torch.tensor([[7]])
             shorter = {name: value[:, :-2] for name, value in inputs.items() if name in PER_TOKEN}
-            again = one.model(input_ids=step, past_key_values=cache).logits[:, -1]
-            fresh = one.model(**shorter, pixel_values=inputs["pixel_values"], use_cache=True).past_key_values
-            torch.testing.assert_close(again, one.model(input_ids=step, past_key_values=fresh).logits[:, -1])
+            again = one.model(input_ids=step, **names.cache_argument(one.model, cache)).logits[:, -1]
+            fresh = names.cache_of(one.model(**shorter, pixel_values=inputs["pixel_values"], use_cache=True))
+            torch.testing.assert_close(
+                again, one.model(input_ids=step, **names.cache_argument(one.model, fresh)).logits[:, -1]
+            )
             with pytest.raises(errors.StateError, match="crop only what follows the last image"):
                 cache.crop(-8)
             assert cache.get_seq_length() == whole - 1

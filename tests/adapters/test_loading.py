@@ -8,6 +8,7 @@ import torch
 import vtc
 from vtc import errors
 from vtc.adapter import adapter_for
+from vtc.engine.host import names
 from vtc.testing import families, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
 
@@ -21,7 +22,7 @@ def check(patched, one, inputs, spec=SPEC):
         output = patched(**inputs, use_cache=True)
         report = handle.report
         generated = patched.generate(**inputs, **GREEDY)
-    visible = visible_columns(output.past_key_values, inputs["input_ids"].shape[1])
+    visible = visible_columns(names.cache_of(output), inputs["input_ids"].shape[1])
     kept = visible(3) & inputs["attention_mask"].bool()
     expected = masked_logits(one.model, inputs, visible)
     assert relative_difference(output.logits[kept], expected[kept]) < 1e-5
@@ -135,8 +136,8 @@ class TestHalfPrecision:
             output = one.model(**inputs, use_cache=True)
             assert handle.report.entering[0] >= 6
         assert output.logits.dtype == dtype
-        assert all(layer.keys.dtype == dtype for layer in output.past_key_values.layers)
-        visible = visible_columns(output.past_key_values, inputs["input_ids"].shape[1])
+        assert all(layer.keys.dtype == dtype for layer in names.cache_of(output).layers)
+        visible = visible_columns(names.cache_of(output), inputs["input_ids"].shape[1])
         kept = visible(3) & inputs["attention_mask"].bool()
         expected = masked_logits(one.model, inputs, visible)
         assert torch.isfinite(output.logits[kept]).all()

@@ -11,6 +11,7 @@ from vtc.adapter import Encoder, adapter_for, register_adapter
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import tower_attention, tower_layers
 from vtc.capabilities import describe_adapter
+from vtc.engine.host import names
 from vtc.testing import masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
 from vtc.tokens import Layout
@@ -76,7 +77,7 @@ def test_one_class_makes_it_known(toy):
         with vtc.compress(toy, spec, positions="original") as handle, torch.no_grad():
             output = toy(**inputs, use_cache=True)
             assert handle.report.family == "toy"
-        visible = visible_columns(output.past_key_values, inputs["input_ids"].shape[1])
+        visible = visible_columns(names.cache_of(output), inputs["input_ids"].shape[1])
         kept = visible(3) & inputs["attention_mask"].bool()
         expected = masked_logits(toy, inputs, visible)
         assert relative_difference(output.logits[kept], expected[kept]) < 1e-5

@@ -7,6 +7,7 @@ import torch
 
 import vtc
 from vtc.adapter import adapter_for
+from vtc.engine.host import names
 from vtc.methods.fastervlm import FasterVLM
 from vtc.testing import masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
@@ -46,7 +47,7 @@ def test_logits_equal_the_masked_model(family, spec, attention):
         with vtc.compress(one.model, spec, positions="original"):
             output = one.model(**inputs, use_cache=True)
             generated = one.model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    visible = visible_columns(output.past_key_values, inputs["input_ids"].shape[1])
+    visible = visible_columns(names.cache_of(output), inputs["input_ids"].shape[1])
     kept = visible(3) & inputs["attention_mask"].bool()
     expected = masked_logits(one.model, inputs, visible)
     assert relative_difference(output.logits[kept], expected[kept]) < 1e-5

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vtc
+from vtc.engine.host import names
 from vtc.stages import Site, Stage, nothing
 from vtc.testing import GivenStages, families, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
@@ -53,7 +54,7 @@ def test_generation_equals_the_full_model(family, verb, attention):
         )
     new = output.sequences[:, length:]
     full = one.extend(inputs, new[:, :-1])
-    held = visible_columns(output.past_key_values, length, dense=new.shape[1] - 1)
+    held = visible_columns(names.cache_of(output), length, dense=new.shape[1] - 1)
     total = full["input_ids"].shape[1]
     ids = full["input_ids"]
     is_visual = ids == one.placeholder

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import vtc
+from vtc.engine.host import names
 from vtc.testing import tiny
 from vtc.testing.tiny import PROMPTS
 
@@ -31,7 +32,7 @@ def deep():
 def test_bytes_of_each_layer(deep, spec):
     inputs = deep.inputs(PROMPTS[:1])
     with torch.no_grad(), vtc.compress(deep.model, spec) as handle:
-        cache = deep.model(**inputs, use_cache=True).past_key_values
+        cache = names.cache_of(deep.model(**inputs, use_cache=True))
     report = handle.report
     held = tuple(sum(part.numel() * part.element_size() for part in (e.keys, e.values)) for e in cache.layers)
     assert held == report.kv_bytes_per_layer

@@ -9,6 +9,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.testing import families, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
 
@@ -131,7 +132,7 @@ def test_cdpruner_is_exact(family):
     inputs = one.inputs(PROMPTS)
     with vtc.compress(one.model, "cdpruner:0.4", positions="original", companion=companion()), torch.no_grad():
         out = one.model(**inputs, use_cache=True)
-    visible = visible_columns(out.past_key_values, inputs["input_ids"].shape[1])
+    visible = visible_columns(names.cache_of(out), inputs["input_ids"].shape[1])
     expected = masked_logits(one.model, inputs, visible)
     kept = visible(0) & inputs["attention_mask"].bool()
     assert int((visible(0) & (inputs["input_ids"] == one.placeholder)).sum()) > 0

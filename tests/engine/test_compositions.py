@@ -5,6 +5,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.eval import suites
 from vtc.eval.loading import load
 from vtc.testing import masked_logits, relative_difference, visible_columns
@@ -55,7 +56,7 @@ def test_compositions_are_exact_and_counted(llava, spec, prompts):
         "input_ids": out.sequences[:, :-1],
         "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, dense), value=1),
     }
-    visible = visible_columns(out.past_key_values, length, dense)
+    visible = visible_columns(names.cache_of(out), length, dense)
     is_visual = full["input_ids"] == llava.placeholder
 
     def unchanged(layer):
@@ -99,7 +100,7 @@ def test_on_the_embedded_model(embedded, spec):
     hook.remove()
     if NAMED[spec] is not None:
         assert report.per_layer == tuple((n, n) for n in NAMED[spec])
-        visible = visible_columns(out.past_key_values, length)
+        visible = visible_columns(names.cache_of(out), length)
         expected = masked_logits(
             model,
             inputs,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import vtc
+from vtc.engine.host import names
 from vtc.testing import masked_logits, relative_difference, visible_columns
 from vtc.testing.tiny import PROMPTS
 
@@ -37,7 +38,7 @@ def test_selection_equals_masked_full_model(llava, spec, prompts, padding):
         plain = llava.model(**inputs, use_cache=False)
         report = handle.report
     length = inputs["input_ids"].shape[1]
-    visible = visible_columns(cached.past_key_values, length)
+    visible = visible_columns(names.cache_of(cached), length)
     expected = masked_logits(llava.model, inputs, visible)
     assert cached.logits.shape == expected.shape
     kept = visible(3) & inputs["attention_mask"].bool()
@@ -47,11 +48,11 @@ def test_selection_equals_masked_full_model(llava, spec, prompts, padding):
     for layer in range(4):
         held = (visible(layer) & is_visual).sum(1).tolist()
         assert held == list(report.per_layer[layer])
-        column = cached.past_key_values._vtc.layers[layer].column
+        column = names.cache_of(cached)._vtc.layers[layer].column
         for row in column:  # no layer holds a token twice
             real = row[row >= 0]
             assert len(real.unique()) == len(real)
-        assert cached.past_key_values.layers[layer].keys.shape[2] == column.shape[1]
+        assert names.cache_of(cached).layers[layer].keys.shape[2] == column.shape[1]
 
 
 @pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES)
@@ -62,7 +63,7 @@ def test_merge_in_the_tower_equals_masked_full_model_with_merged_features(llava,
     with vtc.compress(model, spec, positions="original"), torch.no_grad():
         features = torch.cat(list(model.model.get_image_features(inputs["pixel_values"]).pooler_output))
         out = model(**inputs, use_cache=True)
-    visible = visible_columns(out.past_key_values, inputs["input_ids"].shape[1])
+    visible = visible_columns(names.cache_of(out), inputs["input_ids"].shape[1])
     is_visual = inputs["input_ids"] == llava.placeholder
     expected = masked_logits(model, inputs, visible, replace=(is_visual, features))
     kept = visible(3) & inputs["attention_mask"].bool()
@@ -77,7 +78,7 @@ def test_merges_at_the_door_compose_to_one_map(llava, spec):
     with vtc.compress(llava.model, spec, positions="original") as handle, torch.no_grad():
         out = llava.model(**inputs, use_cache=True)
         token_map = handle.report.token_map
-    visible = visible_columns(out.past_key_values, inputs["input_ids"].shape[1])
+    visible = visible_columns(names.cache_of(out), inputs["input_ids"].shape[1])
     is_visual = inputs["input_ids"] == llava.placeholder
     merged = token_map.apply(plain)
     features = plain.scatter(1, token_map.anchor[..., None].expand_as(merged), merged).flatten(0, 1)
@@ -109,7 +110,7 @@ def test_compact_positions_are_those_of_the_short_prompt(llava, spec):
             **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
     batch, length = inputs["input_ids"].shape
-    visible = visible_columns(out.past_key_values, length, dense=3)
+    visible = visible_columns(names.cache_of(out), length, dense=3)
     full = {
         "input_ids": out.sequences[:, :-1],
         "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(batch, 3, dtype=torch.long)], dim=1),
@@ -146,7 +147,7 @@ def test_size_bias_is_log_size_on_the_keys(llava):
     }
     is_visual = full["input_ids"] == llava.placeholder
     key_bias = torch.zeros(full["input_ids"].shape).masked_scatter(is_visual, bias)
-    visible = visible_columns(out.past_key_values, length, dense=2)
+    visible = visible_columns(names.cache_of(out), length, dense=2)
     expected = masked_logits(llava.model, full, visible, replace=(is_visual, features), key_bias=key_bias)
     assert relative_difference(torch.stack(out.logits, dim=1), expected[:, length - 1 :]) < TOLERANCE
 
@@ -158,7 +159,7 @@ def test_labels_give_the_loss_of_the_masked_full_model(llava):
     before = torch.nn.functional.pad(is_text[:, :-1], (1, 0))
     labels = inputs["input_ids"].masked_fill(~(is_text & before), -100)
     with vtc.compress(llava.model, "random:6", positions="original"), torch.no_grad():
-        cache = llava.model(**inputs, use_cache=True).past_key_values
+        cache = names.cache_of(llava.model(**inputs, use_cache=True))
         loss = llava.model(**inputs, labels=labels).loss
     logits = masked_logits(llava.model, inputs, visible_columns(cache, inputs["input_ids"].shape[1]))
     expected = llava.model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])

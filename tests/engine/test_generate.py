@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationMixin, StaticCache, TextStreamer
 
 import vtc
+from vtc.engine.host import names
 from vtc.testing import masked_logits, relative_difference, visible_columns
 from vtc.testing.tiny import PROMPTS
 
@@ -50,7 +51,7 @@ def test_logits_of_every_step(llava, spec, prompts, options):
     inputs = llava.inputs(prompts)
     torch.manual_seed(0)
     out = run(llava, inputs, spec, **options)
-    expected = expected_logits(llava, inputs, prompts, out.sequences, out.past_key_values)
+    expected = expected_logits(llava, inputs, prompts, out.sequences, names.cache_of(out))
     assert relative_difference(torch.stack(out.logits, dim=1), expected) < TOLERANCE
 
 
@@ -60,7 +61,7 @@ def test_beam_scores(llava, spec):
     out = run(llava, inputs, spec, num_beams=3, length_penalty=0.0)
     # beams share their prompt, so the cache of one beam per prompt says what is visible
     one = run(llava, inputs, spec)
-    expected = expected_logits(llava, inputs, EXPANDABLE, out.sequences, one.past_key_values)
+    expected = expected_logits(llava, inputs, EXPANDABLE, out.sequences, names.cache_of(one))
     chosen = out.sequences[:, inputs["input_ids"].shape[1] :]
     scores = expected.log_softmax(-1).gather(2, chosen[..., None])[..., 0].sum(1)
     torch.testing.assert_close(out.sequences_scores, scores, rtol=1e-4, atol=1e-4)
@@ -103,7 +104,7 @@ def test_second_turn_on_the_same_cache(llava, spec, new_image):
         two = llava.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=one.past_key_values,
+            **names.cache_argument(llava.model, names.cache_of(one)),
             **pixels,
             max_new_tokens=3,
             do_sample=False,
@@ -112,8 +113,8 @@ def test_second_turn_on_the_same_cache(llava, spec, new_image):
         )
     full = {"input_ids": two.sequences[:, :-1], "attention_mask": torch.ones_like(two.sequences[:, :-1])}
     full["pixel_values"] = torch.cat([first["pixel_values"], *pixels.values()])
-    memory = two.past_key_values._vtc
-    visible = visible_columns(two.past_key_values, memory.length, full["input_ids"].shape[1] - memory.length)
+    memory = names.cache_of(two)._vtc
+    visible = visible_columns(names.cache_of(two), memory.length, full["input_ids"].shape[1] - memory.length)
     expected = masked_logits(llava.model, full, visible)[:, ids.shape[1] - 1 :]
     assert relative_difference(torch.stack(two.logits, dim=1), expected) < TOLERANCE
     if new_image:
@@ -165,22 +166,24 @@ def test_interleaved_generations_keep_their_own_state(sdpa_llava):
         step = torch.tensor([[7]])
         alone = []
         for i in inputs:
-            cache = model(**i, use_cache=True).past_key_values
-            alone.append(model(input_ids=step, past_key_values=cache).logits)
-        caches = [model(**i, use_cache=True).past_key_values for i in inputs]
-        mixed = [model(input_ids=step, past_key_values=cache).logits for cache in caches]
+            cache = names.cache_of(model(**i, use_cache=True))
+            alone.append(model(input_ids=step, **names.cache_argument(model, cache)).logits)
+        caches = [names.cache_of(model(**i, use_cache=True)) for i in inputs]
+        mixed = [model(input_ids=step, **names.cache_argument(model, cache)).logits for cache in caches]
     assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
 
 
 def test_a_copied_cache_goes_on_like_the_original(sdpa_llava):
     inputs = sdpa_llava.inputs()
     with vtc.compress(sdpa_llava.model, "random:5 + fastv@2:3"), torch.no_grad():
-        cache = sdpa_llava.model(**inputs, use_cache=True).past_key_values
+        cache = names.cache_of(sdpa_llava.model(**inputs, use_cache=True))
         twin = copy.deepcopy(cache)
         step = torch.tensor([[7]])
-        first = sdpa_llava.model(input_ids=step, past_key_values=cache).logits
+        first = sdpa_llava.model(input_ids=step, **names.cache_argument(sdpa_llava.model, cache)).logits
         assert cache.get_seq_length() == twin.get_seq_length() + 1
-        assert torch.equal(sdpa_llava.model(input_ids=step, past_key_values=twin).logits, first)
+        assert torch.equal(
+            sdpa_llava.model(input_ids=step, **names.cache_argument(sdpa_llava.model, twin)).logits, first
+        )
 
 
 class TestRefusals:
@@ -200,20 +203,20 @@ class TestRefusals:
                 sdpa_llava.model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
             cache = StaticCache(config=sdpa_llava.model.config.text_config, max_cache_len=64)
             with pytest.raises(vtc.errors.UnsupportedFeatureError, match="StaticCache"):
-                sdpa_llava.model(**inputs, past_key_values=cache)
+                sdpa_llava.model(**inputs, **names.cache_argument(sdpa_llava.model, cache))
 
     def test_cache_of_another_patch(self, sdpa_llava):
         with vtc.compress(sdpa_llava.model, "random:6"), torch.no_grad():
-            cache = sdpa_llava.model(**sdpa_llava.inputs(), use_cache=True).past_key_values
+            cache = names.cache_of(sdpa_llava.model(**sdpa_llava.inputs(), use_cache=True))
         with vtc.compress(sdpa_llava.model, "random:6"), pytest.raises(vtc.errors.StateError, match="another patch"):
-            sdpa_llava.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            sdpa_llava.model(input_ids=torch.tensor([[7]]), **names.cache_argument(sdpa_llava.model, cache))
 
     def test_cache_expanded_after_the_prefill(self, sdpa_llava):
         with vtc.compress(sdpa_llava.model, "random:6"), torch.no_grad():
-            cache = sdpa_llava.model(**sdpa_llava.inputs(), use_cache=True).past_key_values
+            cache = names.cache_of(sdpa_llava.model(**sdpa_llava.inputs(), use_cache=True))
             cache.batch_repeat_interleave(2)
             with pytest.raises(vtc.errors.StateError, match="made for 1 prompts"):
-                sdpa_llava.model(input_ids=torch.tensor([[7], [8]]), past_key_values=cache)
+                sdpa_llava.model(input_ids=torch.tensor([[7], [8]]), **names.cache_argument(sdpa_llava.model, cache))
 
     @pytest.mark.skipif(not EXPANDS_GROUPS, reason="this transformers takes no mm_encoder_outputs")
     def test_features_of_another_patch(self, sdpa_llava):

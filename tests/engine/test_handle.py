@@ -8,6 +8,7 @@ import torch
 import vtc
 from vtc.engine import tower_signals
 from vtc.engine.forward import FORWARD
+from vtc.engine.host import names
 from vtc.engine.state import ENCODE
 
 
@@ -124,7 +125,7 @@ def test_hooks_of_the_user_keep_working(sdpa_llava):
 def test_the_report_counts_what_the_cache_holds(sdpa_llava):
     inputs = sdpa_llava.inputs()
     with vtc.compress(sdpa_llava.model, "fastervlm:9 + fastv@2:4") as handle, torch.no_grad():
-        cache = sdpa_llava.model(**inputs, use_cache=True).past_key_values
+        cache = names.cache_of(sdpa_llava.model(**inputs, use_cache=True))
         report = handle.report
     assert report.visual_tokens == (16,)
     assert report.entering == (9,)

@@ -11,6 +11,7 @@ import torch
 import vtc
 from vtc import errors
 from vtc.adapter import adapter_for
+from vtc.engine.host import names
 from vtc.primitives import mean_merge
 from vtc.stages import Links, Signal, Site, Stage, nothing
 from vtc.testing import GivenStages, masked_logits, relative_difference, tiny, visible_columns
@@ -176,7 +177,7 @@ def test_merges_before_the_mlp_of_other_families(family):
 def test_a_merge_before_the_mlp_leaves_the_cache_of_its_layer_whole(llava):
     inputs = llava.inputs(PROMPTS)
     with vtc.compress(llava.model, GivenStages(given=stages_of({2: 5}, before_mlp=True))) as handle, torch.no_grad():
-        cache = llava.model(**inputs, use_cache=True).past_key_values
+        cache = names.cache_of(llava.model(**inputs, use_cache=True))
         report = handle.report
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     assert lengths[0] == lengths[1] > lengths[2] == lengths[3]
@@ -242,8 +243,10 @@ def test_second_turn_keeps_the_sizes_of_each_layer(llava):
     method = GivenStages(given=stages_of(CASES["door and layer 2"]))
     for positions in ("original", "compact", "renumber"):
         with vtc.compress(llava.model, method, positions=positions, size_bias=True), torch.no_grad():
-            cache = llava.model(**inputs, use_cache=True).past_key_values
-            two = llava.model(input_ids=question, attention_mask=mask, past_key_values=cache).logits
+            cache = names.cache_of(llava.model(**inputs, use_cache=True))
+            two = llava.model(
+                input_ids=question, attention_mask=mask, **names.cache_argument(llava.model, cache)
+            ).logits
             ids = torch.cat([inputs["input_ids"], question], dim=1)
             one = llava.model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits[:, -4:]
         assert relative_difference(two, one) < TOLERANCE
@@ -259,16 +262,18 @@ def test_second_turn_with_new_images(llava):
     words = torch.randint(5, 100, (1, 2), generator=torch.Generator().manual_seed(2))
     ids = torch.cat([first["input_ids"], words, second["input_ids"]], dim=1)
     with vtc.compress(llava.model, GivenStages(given=(stage,)), positions="original", size_bias=True), torch.no_grad():
-        cache = llava.model(**first, use_cache=True).past_key_values
-        llava.model(input_ids=words, past_key_values=cache)
+        cache = names.cache_of(llava.model(**first, use_cache=True))
+        llava.model(input_ids=words, **names.cache_argument(llava.model, cache))
         two = llava.model(
-            input_ids=second["input_ids"], pixel_values=second["pixel_values"], past_key_values=cache
+            input_ids=second["input_ids"],
+            pixel_values=second["pixel_values"],
+            **names.cache_argument(llava.model, cache),
         ).logits
         pixels = torch.cat([first["pixel_values"], second["pixel_values"]])
         one = llava.model(input_ids=ids, pixel_values=pixels, use_cache=True)
     length = second["input_ids"].shape[1]
     assert relative_difference(two[:, -3:], one.logits[:, -3:]) < TOLERANCE
-    for left, right in zip(cache._vtc.layers, one.past_key_values._vtc.layers, strict=True):
+    for left, right in zip(cache._vtc.layers, names.cache_of(one)._vtc.layers, strict=True):
         assert torch.equal(left.column, right.column)
         assert (left.bias is None) == (right.bias is None)
         if left.bias is not None:
@@ -285,7 +290,7 @@ def test_frozen_and_evicted_layers_keep_the_sizes(llava, prompts):
     for last in (frozen, evicting):
         method = GivenStages(given=(*stages_of({2: 5}), last))
         with vtc.compress(llava.model, method, positions="original", size_bias=True), torch.no_grad():
-            cache = llava.model(**inputs, use_cache=True).past_key_values
+            cache = names.cache_of(llava.model(**inputs, use_cache=True))
         table = Expected(inputs["input_ids"] == llava.placeholder, {2: 5}, 4).bias
         for layer, held in enumerate(cache._vtc.layers):
             wanted = table[layer].gather(1, held.column.clamp(min=0)).masked_fill(held.column < 0, 0)
@@ -332,8 +337,8 @@ def test_methods_say_it_and_users_override(llava):
         with vtc.compress(llava.model, "pact@2:5(cutoff=0.9)", **options), torch.no_grad():
             out = llava.model(**inputs, use_cache=True)
         logits[choice] = out.logits
-        assert (out.past_key_values._vtc.layers[2].bias is not None) == (choice is not False)
-        assert visible_columns(out.past_key_values, inputs["input_ids"].shape[1])(3).sum() < inputs["input_ids"].numel()
+        assert (names.cache_of(out)._vtc.layers[2].bias is not None) == (choice is not False)
+        assert visible_columns(names.cache_of(out), inputs["input_ids"].shape[1])(3).sum() < inputs["input_ids"].numel()
     assert torch.equal(logits[None], logits[True])
     assert relative_difference(logits[None], logits[False]) > 1e-5
 

@@ -9,6 +9,7 @@ import torch
 import vtc
 from vtc import errors
 from vtc.adapter import adapter_for
+from vtc.engine.host import names
 from vtc.engine.plan import CAPTURED, source_layer
 from vtc.engine.tower_signals import MADE_OF
 from vtc.primitives import topk_keep
@@ -252,7 +253,7 @@ def test_attention_after_an_earlier_cut(family, off):
     first = Probe(Site("layer", 1), budget=0.6)
     probe = Probe(Site("layer", LAYER), Signal("text_attention", off), Signal("position"), Signal("keys", off))
     out = run(one, [first, probe], inputs)
-    visible = visible_columns(out.past_key_values, inputs["input_ids"].shape[1])
+    visible = visible_columns(names.cache_of(out), inputs["input_ids"].shape[1])
     kept = [visible(layer) for layer in (0, 1, 1, 1)]
     host = Host(one, inputs, lambda layer: kept[layer])
     weights = host.weights[LAYER - 1 + off].mean(dim=1)
@@ -300,9 +301,9 @@ def test_attention_of_a_second_turn(off):
     text = {"input_ids": whole["input_ids"][:, :cut], "attention_mask": whole["attention_mask"][:, :cut]}
     probe = Probe(Site("layer", 2), Signal("text_attention", off), Signal("query_attention", off))
     with vtc.compress(one.model, [probe], positions="original"), torch.no_grad():
-        cache = one.model(**text, use_cache=True).past_key_values
+        cache = names.cache_of(one.model(**text, use_cache=True))
         rest = {**whole, "input_ids": whole["input_ids"][:, cut:]}
-        one.model(**rest, past_key_values=cache, use_cache=True)
+        one.model(**rest, **names.cache_argument(one.model, cache), use_cache=True)
     host = Host(one, whole)
     weights = host.weights[1 + off].mean(dim=1)[0]
     text_rows = host.text(0)[host.text(0) >= cut]

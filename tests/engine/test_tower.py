@@ -1,6 +1,7 @@
 """`tower[i]`: the tower equals a slow one that applies the same decisions between attention and MLP, tile by tile."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import vtc
 from vtc.adapter import adapter_for
 from vtc.engine import tower
+from vtc.engine.host import names
 from vtc.testing import masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS, VIDEO_PROMPTS
 from vtc.tokenmap import TokenMap
@@ -230,7 +232,7 @@ def test_llm_sees_what_the_tower_left(models, family, attention):
         output = one.model(**inputs, use_cache=True)
         report = handle.report
     hook.remove()
-    visible = visible_columns(output.past_key_values, inputs["input_ids"].shape[1])
+    visible = visible_columns(names.cache_of(output), inputs["input_ids"].shape[1])
     is_visual = inputs["input_ids"] == one.placeholder
     assert report.entering == tuple((visible(0) & is_visual).sum(1).tolist())
     expected = masked_logits(one.model, inputs, visible, replace=(is_visual, entering[0][is_visual]))
@@ -427,7 +429,8 @@ def test_gradient_checkpointing_is_refused():
     one.model.train()
     for block in adapter_for(one.model).encoders[0].blocks:
         block.gradient_checkpointing = True
-        block._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint  # older hosts look for it
+        # older hosts look for it
+        block._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     with vtc.compress(one.model, "tome:8"), pytest.raises(vtc.VTCError, match="checkpointing"):
         one.model.model.get_image_features(one.inputs()["pixel_values"])
 

@@ -5,6 +5,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.stages import Site, Stage, nothing
 from vtc.testing import GivenStages, masked_logits, relative_difference, visible_columns
 from vtc.testing.tiny import PROMPTS
@@ -64,7 +65,7 @@ def compare(llava, inputs, stages, unchanged=None, visible=None):
     out, cached, plain, report = generate(llava.model, inputs, stages)
     full, dense = extended(inputs, out.sequences)
     length = inputs["input_ids"].shape[1]
-    seen = visible or visible_columns(out.past_key_values, length, dense)
+    seen = visible or visible_columns(names.cache_of(out), length, dense)
     is_visual = full["input_ids"] == llava.placeholder
     expected = masked_logits(
         llava.model, full, seen, unchanged=None if unchanged is None else lambda layer: unchanged(layer, is_visual)
@@ -102,7 +103,7 @@ def test_some_tokens_frozen_and_some_dropped(llava, prompts):
     out, _, _, report = generate(llava.model, inputs, (*drop(1, 9), awake))
     full, dense = extended(inputs, out.sequences)
     length = inputs["input_ids"].shape[1]
-    seen = visible_columns(out.past_key_values, length, dense)
+    seen = visible_columns(names.cache_of(out), length, dense)
     # frozen: of the tokens that are left, all but those that `scattered` names, counted within each image
     unchanged = torch.zeros_like(full["input_ids"], dtype=torch.bool)
     for row, ids in enumerate(full["input_ids"]):
@@ -121,7 +122,7 @@ def test_parked_tokens_skip_layers_and_come_back(llava, at, until, prompts):
     inputs = llava.inputs(prompts)
     stages = drop(at, 5, leave="park", until=until)
     with vtc.compress(llava.model, GivenStages(given=stages)), torch.no_grad():
-        cache = llava.model(**inputs, use_cache=True).past_key_values
+        cache = names.cache_of(llava.model(**inputs, use_cache=True))
     held = visible_columns(cache, inputs["input_ids"].shape[1])
 
     def rested(layer, is_visual):
@@ -142,7 +143,7 @@ def test_evicted_entries_are_hidden_from_later_tokens_only(llava, prompts):
     out, _, _, report = generate(llava.model, inputs, stages)
     full, dense = extended(inputs, out.sequences)
     length = inputs["input_ids"].shape[1]
-    after = visible_columns(out.past_key_values, length, dense)
+    after = visible_columns(names.cache_of(out), length, dense)
     total = length + dense
 
     def seen(layer):
@@ -153,7 +154,7 @@ def test_evicted_entries_are_hidden_from_later_tokens_only(llava, prompts):
 
     expected = masked_logits(llava.model, full, seen)
     assert relative_difference(torch.stack(out.logits, dim=1), expected[:, length - 1 :]) < TOLERANCE
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in names.cache_of(out).layers]
     assert lengths[1] == lengths[2] == lengths[3] < lengths[0]
     is_visual = full["input_ids"] == llava.placeholder
     for layer in (1, 2, 3):
@@ -167,9 +168,9 @@ def test_eviction_of_all_layers_before(llava, prompts):
     out, _, _, report = generate(llava.model, inputs, (*drop(1, 9), *drop(3, 4, evict=0)))
     full, dense = extended(inputs, out.sequences)
     length = inputs["input_ids"].shape[1]
-    after = visible_columns(out.past_key_values, length, dense)
+    after = visible_columns(names.cache_of(out), length, dense)
     with vtc.compress(llava.model, GivenStages(given=(*drop(1, 9), *drop(3, 4)))), torch.no_grad():
-        before = visible_columns(llava.model(**inputs, use_cache=True).past_key_values, length, dense)
+        before = visible_columns(names.cache_of(llava.model(**inputs, use_cache=True)), length, dense)
 
     def seen(layer):
         rows = after(layer)[:, None].expand(-1, length + dense, -1).clone()
@@ -201,7 +202,7 @@ def test_renumbered_positions_close_every_gap(llava, prompts, padding):
         full, dense, logits = inputs, 0, cached.logits
     else:
         (full, dense), logits = extended(inputs, out.sequences), torch.stack(out.logits, dim=1)
-    seen = visible_columns(out.past_key_values, length, dense)
+    seen = visible_columns(names.cache_of(out), length, dense)
     valid = full["attention_mask"].bool()
 
     def positions(layer):
@@ -221,9 +222,11 @@ def test_second_turn_after_freezing_evicting_and_renumbering(llava):
     question = torch.randint(5, 100, (3, 4), generator=torch.Generator().manual_seed(1))
     for stages, positions in ((freeze(0, 2), "original"), (drop(2, 5), "renumber"), (freeze(1), "compact")):
         with vtc.compress(llava.model, GivenStages(given=stages), positions=positions), torch.no_grad():
-            cache = llava.model(**inputs, use_cache=True).past_key_values
+            cache = names.cache_of(llava.model(**inputs, use_cache=True))
             mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
-            two = llava.model(input_ids=question, attention_mask=mask, past_key_values=cache).logits
+            two = llava.model(
+                input_ids=question, attention_mask=mask, **names.cache_argument(llava.model, cache)
+            ).logits
             ids = torch.cat([inputs["input_ids"], question], dim=1)
             one = llava.model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits[:, -4:]
         assert relative_difference(two, one) < TOLERANCE

@@ -8,6 +8,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.primitives import attention_pagerank, settled
 from vtc.stages import Signal, Site, Stage
 from vtc.testing import GivenStages, masked_logits, relative_difference, tiny, visible_columns
@@ -98,7 +99,7 @@ def test_golden_choice(case):
     run, start, cuts = qwen2(case)
     expected = [row.nonzero().flatten().tolist() for row in case["masks_after_layer"]]
     with vtc.compress(run.model, vtc.create("aim", budget=1.0, layer=start + 1, last=start + cuts)) as handle:
-        cache = run.prefill(handle).past_key_values
+        cache = names.cache_of(run.prefill(handle))
     for layer in range(1, start + 3):
         assert holds(cache, layer) == expected[layer - 1]
     # there masked rows go on and start with their share; that turns round the two that the third cut lies between
@@ -126,7 +127,7 @@ def test_golden_end_to_end(case):
     )
     with vtc.compress(run.model, GivenStages(given=stages), positions="original") as handle:
         out = run.prefill(handle)
-        cache = out.past_key_values
+        cache = names.cache_of(out)
         for layer in range(1, len(masks)):
             assert holds(cache, layer) == masks[layer - 1].nonzero().flatten().tolist()
         kept = torch.tensor(holds(cache, len(masks) - 1))
@@ -166,7 +167,7 @@ def test_pruning_equals_the_masked_model(spec, implementation):
         "input_ids": out.sequences[:, :-1],
         "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, dense), value=1),
     }
-    expected = masked_logits(llava.model, full, visible_columns(out.past_key_values, length, dense))
+    expected = masked_logits(llava.model, full, visible_columns(names.cache_of(out), length, dense))
     assert relative_difference(torch.stack(out.logits, dim=1), expected[:, length - 1 :]) < 1e-5
 
 

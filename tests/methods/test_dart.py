@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import vtc
+from vtc.engine.host import names
 from vtc.testing.end_to_end import replay
 from vtc.testing.golden import golden_cases
 
@@ -56,11 +57,11 @@ def test_golden_end_to_end(case):
     run = replay(case, (6, 70), list(case["decode_embeds"]), num_attention_heads=4, num_key_value_heads=4)
     with vtc.compress(run.model, vtc.create("dart", budget=16, variant="reference")) as handle:
         out = run.prefill(handle)
-        lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
-        kept = out.past_key_values._vtc.layers[-1].column[0]
+        lengths = [layer.keys.shape[2] for layer in names.cache_of(out).layers]
+        kept = names.cache_of(out)._vtc.layers[-1].column[0]
         assert torch.equal(kept, case["keep_indexs"])
         assert lengths == case["prefill_cache_len_per_layer"].tolist()
         torch.testing.assert_close(out.last_hidden_state[:, kept], case["prefill_last_hidden"], atol=1e-5, rtol=1e-5)
         for step, expected in enumerate(case["decode_last_hidden"]):
-            hidden = run.decode(step, out.past_key_values).last_hidden_state
+            hidden = run.decode(step, names.cache_of(out)).last_hidden_state
             torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)

@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate
 import vtc
 from vtc import errors
 from vtc.adapter import adapter_for
+from vtc.engine.host import names
 from vtc.methods.downsample import smaller_grid
 from vtc.testing import families, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.conformance import check_method
@@ -101,7 +102,7 @@ def test_equals_the_stock_model_on_smaller_images(family, budget, grid, attentio
         pixels = next(value for name, value in inputs.items() if name.startswith("pixel_values"))
         features = stock_features(one, pixels, grid)
     assert features.shape[1] == grid[0] * grid[1]
-    visible = visible_columns(out.past_key_values, inputs["input_ids"].shape[1])
+    visible = visible_columns(names.cache_of(out), inputs["input_ids"].shape[1])
     is_visual = inputs["input_ids"] == one.placeholder
     kept = visible(0) & is_visual
     assert int(kept.sum()) == features.shape[0] * features.shape[1]

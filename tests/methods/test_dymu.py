@@ -7,6 +7,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.methods.dymu import SCHEDULES, DyMU, ThresholdFinder, merge_counts
 from vtc.testing.golden import golden_cases
 
@@ -102,7 +103,7 @@ def test_unmerging_in_the_llm(sdpa_llava, spec):
     """Patched as published, the LLM attends over every place, and the cache holds them all."""
     inputs = sdpa_llava.inputs()
     with vtc.compress(sdpa_llava.model, spec) as handle, torch.no_grad():
-        cache = sdpa_llava.model(**inputs, use_cache=True).past_key_values
+        cache = names.cache_of(sdpa_llava.model(**inputs, use_cache=True))
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
     assert all(entering < 16 * image for entering, image in zip(handle.report.entering, (1, 2, 1), strict=False))
     assert handle.report.kv_bytes == handle.report.kv_bytes_dense

@@ -5,6 +5,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.stages import Signal
 from vtc.testing import tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
@@ -57,7 +58,7 @@ def test_tokens_in_each_range(spec, expected):
     llava = tiny("llava")
     inputs = llava.inputs(PROMPTS)
     with vtc.compress(llava.model, spec) as handle, torch.no_grad():
-        cache = llava.model(**inputs, use_cache=True).past_key_values
+        cache = names.cache_of(llava.model(**inputs, use_cache=True))
         report = handle.report
     assert report.per_layer == tuple((n, 2 * n, 0) for n in expected)
     assert report.kv_tokens == report.per_layer

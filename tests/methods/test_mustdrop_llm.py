@@ -9,6 +9,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.testing import GivenStages, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.golden import golden_cases
 from vtc.testing.tiny import PROMPTS
@@ -100,7 +101,7 @@ def test_layers_and_caches(spec, saw, held):
     # thresholds that let everything pass: the ceilings alone decide
     method = vtc.parse(spec.replace("(", "(global_threshold=0.0, "))[0]
     with vtc.compress(llava.model, method) as handle, torch.no_grad():
-        cache = llava.model(**inputs, use_cache=True).past_key_values
+        cache = names.cache_of(llava.model(**inputs, use_cache=True))
         report = handle.report
     assert report.per_layer == tuple((n, 2 * n, 0) for n in saw)
     assert report.kv_tokens == tuple((n, 2 * n, 0) for n in held)
@@ -122,9 +123,9 @@ def test_decoding_after_eviction_equals_the_masked_model(llava, positions):
     kept = tuple(dataclasses.replace(stage, evict=None) for stage in method.stages())
     given = GivenStages(given=kept, budget=method.budget)
     with vtc.compress(llava.model, given, positions="renumber" if positions == "auto" else positions), torch.no_grad():
-        cache = llava.model(**inputs, use_cache=True).past_key_values
+        cache = names.cache_of(llava.model(**inputs, use_cache=True))
     length, dense = inputs["input_ids"].shape[1], 3
-    before, after = visible_columns(cache, length, dense), visible_columns(out.past_key_values, length, dense)
+    before, after = visible_columns(cache, length, dense), visible_columns(names.cache_of(out), length, dense)
     full = {
         **inputs,
         "input_ids": out.sequences[:, :-1],

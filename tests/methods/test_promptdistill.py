@@ -7,6 +7,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.kernels import attention_rows
 from vtc.testing import masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.golden import golden_cases
@@ -109,7 +110,7 @@ def test_caches_hold_what_each_stage_chose(spec, per_layer, held, implementation
     assert [layer[0] for layer in report.kv_tokens] == list(held)
     batch, length = inputs["input_ids"].shape
     dense = out.sequences.shape[1] - 1 - length
-    after = visible_columns(out.past_key_values, length, dense)
+    after = visible_columns(names.cache_of(out), length, dense)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, dense), value=1)
     full = {**inputs, "input_ids": out.sequences[:, :-1], "attention_mask": mask}
     is_text = (full["input_ids"] != llava.placeholder)[:, :length]

@@ -9,6 +9,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.eval import calibrate, suites
 from vtc.eval.loading import load
 from vtc.methods.shortv import PUBLISHED
@@ -57,10 +58,10 @@ def test_golden_end_to_end(case):
             assert torch.equal(output[:, image], entered[index][:, image]) == (index in layers)
             assert not torch.equal(output[:, span[1] :], entered[index][:, span[1] :])
         torch.testing.assert_close(out.last_hidden_state @ head, case["prefill_logits"], **CLOSE)
-        lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+        lengths = [layer.keys.shape[2] for layer in names.cache_of(out).layers]
         assert lengths == case["prefill_cache_len_per_layer"].tolist()
         for step, expected in enumerate(case["decode_logits"]):
-            hidden = run.decode(step, out.past_key_values).last_hidden_state
+            hidden = run.decode(step, names.cache_of(out)).last_hidden_state
             torch.testing.assert_close(hidden @ head, expected, **CLOSE)
 
 
@@ -72,7 +73,7 @@ def test_golden_without_frozen_layers(case):
         logits = out.last_hidden_state[:, -1] @ case["lm_head"].T
         torch.testing.assert_close(logits, case["vanilla_logits_last"], **CLOSE)
         for step, expected in enumerate(case["decode_logits_vanilla"]):
-            hidden = run.decode(step, out.past_key_values).last_hidden_state
+            hidden = run.decode(step, names.cache_of(out)).last_hidden_state
             torch.testing.assert_close(hidden @ case["lm_head"].T, expected, **CLOSE)
 
 

@@ -9,6 +9,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.methods.sparsevlm import SparseVLM
 from vtc.primitives import density_peaks
 from vtc.stages import Signal, Site, Stage
@@ -94,7 +95,7 @@ def test_golden_end_to_end(case):
     stage = method.stages()[0]
     with vtc.compress(run.model, given, positions=method.positions) as handle:
         out = run.prefill(handle)
-        cache = out.past_key_values
+        cache = names.cache_of(out)
         # offsets are counted behind the image; text before it comes first here
         raters = method.raters(seen[0])[0].nonzero().flatten() - start
         assert torch.equal(raters, case["text_rater_offsets"])

@@ -6,6 +6,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.testing import masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
 
@@ -117,7 +118,7 @@ def test_both_stages_in_a_model_equal_the_masked_model(llava):
         with vtc.compress(llava.model, f"{SLUG}:14(stage={stage})", positions="original") as handle, torch.no_grad():
             out = llava.model(**inputs, use_cache=True)
             report = handle.report
-        visible = visible_columns(out.past_key_values, inputs["input_ids"].shape[1])
+        visible = visible_columns(names.cache_of(out), inputs["input_ids"].shape[1])
         expected = masked_logits(llava.model, inputs, visible)
         kept = visible(0) & inputs["attention_mask"].bool()
         assert relative_difference(out.logits[kept], expected[kept]) < 1e-5

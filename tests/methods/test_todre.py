@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 import vtc
 from vtc import errors
+from vtc.engine.host import names
 from vtc.testing import masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.golden import golden_cases
 from vtc.testing.tiny import PROMPTS
@@ -154,7 +155,7 @@ def test_both_stages_in_a_model_equal_the_masked_model(llava):
             "input_ids": out.sequences[:, :-1],
             "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1),
         }
-        visible = visible_columns(out.past_key_values, length, 2)
+        visible = visible_columns(names.cache_of(out), length, 2)
         expected = masked_logits(llava.model, full, visible)[:, length - 1 :]
         assert relative_difference(torch.stack(out.logits, dim=1), expected) < 1e-5
     assert any(0 in last and max(last) > 0 for last in seen), seen

@@ -17,7 +17,7 @@ from vtc.engine import carry, layer_signals, size_bias, unmerge
 from vtc.engine.evict import evict
 from vtc.engine.forward import FORWARD, NO_OUTER, OUTER, Forward, LayerState, Outer, inverse_columns, take
 from vtc.engine.host import cache as host
-from vtc.engine.host import masks, names
+from vtc.engine.host import contract, masks, names
 from vtc.engine.host.override import Undo
 from vtc.engine.memory import Held, Memory, check_cache, memory_of, remember
 from vtc.engine.plan import Plan, Step
@@ -28,6 +28,9 @@ from vtc.tokens import Tokens
 
 Record = Callable[[Forward], None]
 
+#: ends every message about a host that does not do what its version's contract says
+REPORT_IT = "Run `vtc doctor --self-check` and report what it prints; until then, call handle.remove()."
+
 
 def attach(adapter: Adapter, plan: Plan, record: Record, undo: Undo) -> None:
     """Hook the inner model and the language model; what takes the hooks off again goes to `undo`."""
@@ -36,6 +39,7 @@ def attach(adapter: Adapter, plan: Plan, record: Record, undo: Undo) -> None:
     undo.before(adapter.model, functools.partial(_enter_outer, adapter), with_kwargs=True)
     undo.after(adapter.model, _leave_outer, always_call=True)
     undo.before(inner, functools.partial(_enter, adapter, plan), with_kwargs=True)
+    undo.after(inner, functools.partial(_check_seen, adapter))
     undo.after(inner, _leave, always_call=True)
     undo.before(lm, functools.partial(_compress, adapter, plan), with_kwargs=True)
     undo.after(lm, functools.partial(_restore, adapter, plan, record), with_kwargs=True)
@@ -78,6 +82,9 @@ def _enter(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: d
     """Pre-hook of the inner model."""
     _clear()
     given = names.arguments_of(module, args, kwargs)
+    embeds = given.get(names.INPUTS_EMBEDS)
+    if given.get(names.INPUT_IDS) is None and embeds is not None and embeds.shape[1] > 1:
+        raise _without_ids()
     state = Forward(plan, given.get(names.INPUT_IDS), candidates=OUTER.get().candidates)
     outputs = given.get(names.ENCODER_OUTPUTS) or {}
     for encoder in adapter.encoders:
@@ -132,6 +139,17 @@ def _leave(module: nn.Module, args: Any, output: Any) -> None:
     _clear()
 
 
+def _check_seen(adapter: Adapter, module: nn.Module, args: Any, output: Any) -> None:
+    """Hook of the inner model, not called when it raised: what was encoded must have come to the language model."""
+    state = FORWARD.get()
+    if state is not None and state.encoded and state.visual is None:
+        raise StateError(
+            f"{type(module).__name__} encoded {' and '.join(f'{name}s' for name in state.encoded)}, and its "
+            f"{type(adapter.language_model).__name__} was never called with them, so nothing was compressed. "
+            f"{REPORT_IT}"
+        )
+
+
 def _leave_outer(module: nn.Module, args: Any, output: Any) -> None:
     OUTER.set(NO_OUTER)
 
@@ -146,9 +164,11 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
     """Pre-hook of the language model."""
     state = FORWARD.get()
     embeds = kwargs.get(names.INPUTS_EMBEDS)
-    if state is None or embeds is None:
+    if state is None:
         return None
-    _, cache = names.find_cache(module, kwargs)
+    if embeds is None:
+        raise StateError(f"{type(module).__name__} was called without {names.INPUTS_EMBEDS!r}. {REPORT_IT}")
+    state.names_cache, cache = names.find_cache(module, kwargs)
     state.batch, state.length = embeds.shape[:2]
     state.device = embeds.device
     state.cache = cache
@@ -156,6 +176,7 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
     if not state.encoded:
         _check_placeholders(adapter, state)
     if not state.encoded and state.memory is None:
+        _check_plain(adapter, state, kwargs)
         return None
     check_cache(cache)
     if module.training and names.checkpoints(adapter.layers[0]):
@@ -169,6 +190,12 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
         state.past = state.memory.length + state.dense
     else:
         state.past = state.held
+    if state.encoded and state.past and contract.is_older(adapter.later_pixels_since):
+        raise UnsupportedFeatureError(
+            f"{adapter.family} on transformers {contract.installed()}: the stock model reads pixels that come on a KV "
+            "cache unlike the same conversation in one piece, so the answer would be wrong. Prefill the whole "
+            f"conversation without a cache, or install transformers {adapter.later_pixels_since} or newer."
+        )
     kwargs = dict(kwargs)
     window = adapter.window
     if window is not None and state.past + state.length > window:
@@ -209,9 +236,9 @@ def _check_placeholders(adapter: Adapter, state: Forward) -> None:
     placeholders = torch.tensor([encoder.placeholder_id for encoder in adapter.encoders], device=state.input_ids.device)
     if torch.isin(state.input_ids, placeholders).any():
         raise InputError(
-            "the prompt holds image placeholders, but no images came with it. Pass pixel_values with the prompt, "
-            "prefill in one piece (prefill_chunk_size drops them), and leave an assistant_model unpatched (generate "
-            "hands it no images)."
+            "the prompt holds image placeholders, but no images came with it. Pass pixel_values with the prompt; "
+            "prefill_chunk_size drops them: prefill in one piece; and leave an assistant_model unpatched: generate "
+            "hands it no images."
         )
 
 
@@ -225,15 +252,55 @@ def _note_valid(state: Forward, mask: Any) -> None:
 
 
 def _check_width(mask: Tensor, past: int, length: int) -> None:
-    if mask.shape[1] != past + length:
-        raise InputError(
-            f"attention_mask covers {mask.shape[1]} columns, the prompt has {past + length} "
-            f"({past} of them in the cache). Pass the mask of the whole conversation."
+    """Refuse a 2-D mask of another width than the conversation.
+
+    Raises:
+        InputError: in a prefill.
+        StateError: on a cache; the mask may be wrong, or the cache may have lost what vtc noted on it.
+    """
+    if mask.shape[1] == past + length:
+        return
+    what = (
+        f"attention_mask covers {mask.shape[1]} columns, the prompt has {past + length} ({past} of them in the cache)"
+    )
+    if not past:
+        raise InputError(f"{what}. Pass the mask of the whole conversation.")
+    raise StateError(
+        f"{what}. Pass the mask of the whole conversation; if you did, the KV cache holds fewer entries than it stands "
+        "for and has lost what vtc noted on it (copied tensor by tensor?): prefill again."
+    )
+
+
+def _check_plain(adapter: Adapter, state: Forward, kwargs: dict[str, Any]) -> None:
+    """A call in which nothing is compressed, and whose cache, if there is one, must then be whole.
+
+    Raises:
+        StateError: layers hold different numbers of entries, or a mask or positions have another width.
+    """
+    _check_positions(state, kwargs.get(names.POSITION_IDS))
+    if state.cache is None or host.is_static(state.cache):
+        return
+    if not host.is_whole(state.cache):
+        raise StateError(
+            "the layers of this KV cache hold different numbers of entries, so tokens were dropped from it, and what "
+            "vtc noted on it is gone (copied tensor by tensor?). Prefill again, and pass on the cache itself."
+        )
+    mask = state.mask if adapter.masks_outside else kwargs.get(names.ATTENTION_MASK)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        _check_width(mask, host.held_length(state.cache), state.length)
+
+
+def _check_positions(state: Forward, positions: Tensor | None) -> None:
+    if positions is not None and positions.shape[-1] != state.length:
+        raise StateError(
+            f"the language model got positions for {positions.shape[-1]} tokens and embeddings of {state.length}. "
+            "Pass position_ids of the new tokens, or leave them out."
         )
 
 
 def _full_positions(state: Forward, positions: Tensor | None) -> Tensor:
     """Positions of the uncompressed prompt, with a batch dimension."""
+    _check_positions(state, positions)
     if positions is None:
         return state.arange(state.length, state.past)
     return positions.expand(*positions.shape[:-2], state.batch, -1)
@@ -242,10 +309,7 @@ def _full_positions(state: Forward, positions: Tensor | None) -> Tensor:
 def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> tuple[Tensor, Visual]:
     """Everything up to the gather: locate the visual tokens, follow the tower's maps, run the `llm_in` stages."""
     if state.input_ids is None:
-        raise InputError(
-            "inputs_embeds without input_ids: the places of the visual tokens are read from the ids. "
-            "Pass input_ids (and pixel_values or mm_encoder_outputs)."
-        )
+        raise _without_ids()
     visual, located = _locate(adapter, state, embeds.device)
     state.layout = located.layout
     carry.note_text(plan, state)
@@ -264,6 +328,13 @@ def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> tup
         else:
             state.shorten()
     return embeds, located
+
+
+def _without_ids() -> InputError:
+    return InputError(
+        "inputs_embeds without input_ids: the places of the visual tokens are read from the ids. "
+        "Pass input_ids (and pixel_values or mm_encoder_outputs)."
+    )
 
 
 def _locate(adapter: Adapter, state: Forward, device: torch.device) -> tuple[Visual, Visual]:
@@ -355,6 +426,8 @@ def _door_mask(adapter: Adapter, state: Forward, mask: Any, embeds: Tensor) -> A
     columns = torch.cat([held, torch.where(new < 0, -1, new + past)], dim=1)
     ragged = state.ragged or (memory is not None and memory.reference.ragged)
     implementation = names.attention_of(adapter.text_config)
+    for part in mask.values() if isinstance(mask, dict) else (mask,):
+        masks.check_width(part, past + state.length, state.length)
     if isinstance(mask, dict):
         # these go to the layers as they are, so None is plain causal over all rows
         whole = masks.causal(columns >= 0, new.shape[1], embeds.dtype, implementation) if ragged else None
@@ -372,6 +445,12 @@ def _restore(
 ) -> Any:
     """Hook of the language model: full-length hidden states, and the cache's memory."""
     state = FORWARD.get()
+    if state is not None and not state.names_cache and (state.visual is not None or names.cache_of(output) is not None):
+        raise StateError(
+            f"{type(module).__name__} was called without a KV cache by a word that vtc knows "
+            f"({' or '.join(names.CACHE_WORDS)}), so what was dropped could not be noted on it and every later token "
+            f"would be wrong. {REPORT_IT}"
+        )
     if state is None or state.visual is None:
         return None
     record(state)

@@ -67,6 +67,7 @@ class Forward:
     length: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     cache: Any = None
+    names_cache: bool = True  # whether the language model was called with a KV cache (or None) by a word that we know
     memory: Memory | None = None
     past: int = 0  # logical columns before this call
     dense: int = 0  # of those, tokens that follow the memory's compressed part
@@ -112,6 +113,11 @@ class Forward:
     def rows(self) -> int:
         """Rows of the current hidden states."""
         return self.length if self.column is None else self.column.shape[1]
+
+    @property
+    def door_rows(self) -> int:
+        """Rows that entered the first layer."""
+        return self.length if self.door_column is None else self.door_column.shape[1]
 
     def columns(self) -> Int[Tensor, "B R"]:
         """Columns of the current rows, also while nothing was dropped."""

@@ -82,6 +82,7 @@ def _mask(
     """[B, 1, live, held + frozen + live] of layer `index`."""
     held = state.held if state.memory is None else state.memory.column(index, state.dense).shape[1]
     columns = torch.cat([state.arange(held), torch.where(order < 0, -1, order + held)], dim=1)
+    masks.check_width(mask, held + state.rows)
     if mask is not None:
         return masks.cut(mask, live, columns)
     # no mask: plain causal over the rows, every one of them a token

@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 from vtc.adapter import Adapter
 from vtc.engine import freeze, layer_signals, size_bias
-from vtc.engine.door import apply_step
-from vtc.engine.forward import FORWARD, Forward, LayerState, lookup, take
+from vtc.engine.door import REPORT_IT, apply_step
+from vtc.engine.forward import FORWARD, Forward, LayerState, is_cut, lookup, take
 from vtc.engine.halves import silence, silenced
 from vtc.engine.host import masks, names
 from vtc.engine.host.override import Undo
 from vtc.engine.memory import Held
 from vtc.engine.plan import Plan, Step, check_biased, layer_of
 from vtc.engine.state import stopwatch
-from vtc.errors import SpecError
+from vtc.errors import SpecError, StateError
 
 
 def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
     """Hook the decoder layers that a stage acts on or after; what takes the hooks off again goes to `undo`."""
+    undo.before(adapter.layers[0], _check_handed_on, with_kwargs=True)
     if not plan.layers and not plan.size_bias:
         return
     evicted = [int(step.stage.evict) for step in plan.steps if step.stage.evict is not None]
@@ -42,6 +43,29 @@ def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
         undo.after(adapter.layers[index], functools.partial(freeze.leave, index))
     # after the hooks above, so that what is captured is already cut
     layer_signals.attach(adapter, plan, undo)
+
+
+def _check_handed_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Pre-hook of the first decoder layer: it must get what the door made, and the KV cache by a word that we know.
+
+    Raises:
+        StateError: it gets something else.
+    """
+    state = FORWARD.get()
+    if state is None or not is_cut():
+        return
+    found, cache = names.find_cache(module, kwargs)
+    if state.cache is not None and (not found or cache is not state.cache):
+        raise StateError(
+            f"{type(module).__name__} did not get the KV cache by a word that vtc knows "
+            f"({' or '.join(names.CACHE_WORDS)}), but the arguments {', '.join(sorted(kwargs))}. {REPORT_IT}"
+        )
+    rows, angles = names.hidden_argument(args, kwargs).shape[1], kwargs[names.POSITION_EMBEDDINGS][0].shape[-2]
+    if rows != state.rows or angles != state.rows:
+        raise StateError(
+            f"{type(module).__name__} got {rows} tokens and rotations for {angles}, and {state.rows} went in at the "
+            f"door. {REPORT_IT}"
+        )
 
 
 def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -164,6 +188,7 @@ def _arguments(
     new = state.arange(state.rows) if place is None else place
     columns = torch.cat([held, torch.where(new < 0, -1, new + state.held)], dim=1)
     mask, implementation = kwargs.get(names.ATTENTION_MASK), names.attention_of(adapter.text_config)
+    masks.check_width(mask, state.held + state.door_rows)
     if mask is not None:
         cut[names.ATTENTION_MASK] = masks.cut(mask, place, columns)
     elif bias is not None or state.ragged or (before is not None and before.ragged):

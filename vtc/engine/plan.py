@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vtc.adapter import Adapter
 from vtc.companion import ClipCompanion, in_clip
-from vtc.engine.host import names
+from vtc.engine.host import contract, names
 from vtc.engine.host.flash import is_flash
 from vtc.errors import SignalUnavailableError, SpecError, UnsupportedFeatureError
 from vtc.stages import Method, Signal, Stage
@@ -149,11 +149,13 @@ def make_plan(
     `size_bias` and `unmerge` None: what the methods' papers do.
 
     Raises:
+        UnsupportedModelError: the installed transformers is not one that was tested, or its words have changed.
         BudgetError: a stage has no budget.
         SpecError: a layer that the model does not have, or an unknown position policy.
         SignalUnavailableError: a stage reads what the model cannot give.
         UnsupportedFeatureError: a combination that would be wrong.
     """
+    contract.check(adapter)
     depth = {"layer": len(adapter.layers), "tower": min(encoder.reach for encoder in adapter.encoders)}
     steps = [
         Step(method, stage, method.budget_for(stage))

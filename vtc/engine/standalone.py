@@ -24,7 +24,7 @@ from vtc.encoder_report import EncoderReport
 from vtc.encoders import ImageEncoder, encoder_for, methods_by_themselves
 from vtc.engine import tower
 from vtc.engine.handle import handle_around
-from vtc.engine.host import names
+from vtc.engine.host import contract, names
 from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.host.override import Undo
 from vtc.engine.plan import CAPTURED, Step
@@ -55,7 +55,7 @@ def patch_encoder(
         A handle with `.report` and `.remove()`.
 
     Raises:
-        UnsupportedModelError: no such encoder, meta weights.
+        UnsupportedModelError: no such encoder, meta weights, a version of transformers that was not tested.
         UnsupportedFeatureError: a method with stages outside the tower, a compiled model, log(size) with an attention
             that takes no mask.
         SpecError, BudgetError, SignalUnavailableError: the spec does not fit the encoder.
@@ -296,6 +296,8 @@ def _make(
         )
     refuse_compiled(model)
     encoder = encoder_for(model)
+    if type(encoder.tower).__module__.startswith("transformers."):
+        contract.check_version()
     meta = next((name for name, p in encoder.tower.named_parameters() if p.device.type == "meta"), None)
     if meta is not None:
         raise UnsupportedModelError(f"parameter {meta!r} of {encoder.name} is on the meta device: load its weights.")

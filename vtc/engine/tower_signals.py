@@ -6,7 +6,7 @@ let go when the block is done unless a stage reads it as it is.
 
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ def capture(encoder: Encoder, wanted: Iterable[Signal], undo: Undo) -> None:
     for block, needed in sorted(needs.items()):
         attention, module = encoder.block_attention(block), _module(encoder, block)
         if "query" in needed:
-            undo.after(attention.query, functools.partial(_record, encoder, f"query{block}"))
+            undo.after(attention.query, _record(encoder, f"query{block}"))
         if "key" in needed:
-            undo.after(attention.key, functools.partial(_record, encoder, f"key{block}"))
+            undo.after(attention.key, _record(encoder, f"key{block}"))
             if encoder.rotary or encoder.segments is not None:
                 hook = functools.partial(_record_arguments, encoder, block)
                 undo.before(module, hook, with_kwargs=True)
@@ -62,7 +62,7 @@ def capture(encoder: Encoder, wanted: Iterable[Signal], undo: Undo) -> None:
             undo.after(_module(encoder, block), hook)
     if any(one.name == "cls_hidden" for one in wanted):
         for i, layer in enumerate(encoder.feature_layers):
-            undo.after(layer, functools.partial(_record, encoder, f"hidden{i}"))
+            undo.after(layer, _record(encoder, f"hidden{i}"))
 
 
 def blocks_of(encoder: Encoder, wanted: Signal) -> tuple[int, ...]:
@@ -162,10 +162,15 @@ def _module(encoder: Encoder, block: int) -> nn.Module:
     return encoder.blocks[block] if encoder.blocks else encoder.signal_block
 
 
-def _record(encoder: Encoder, name: str, module: nn.Module, args: Any, output: Any) -> None:
-    state = state_of(encoder)
-    if state is not None:
-        state.captured[name] = names.first_of(output)
+def _record(encoder: Encoder, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that notes what leaves a module of the running call."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        state = state_of(encoder)
+        if state is not None:
+            state.captured[name] = names.first_of(output)
+
+    return hook
 
 
 def _record_arguments(encoder: Encoder, block: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

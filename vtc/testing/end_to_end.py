@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.engine import Handle
+from vtc.engine.host import names
 from vtc.engine.state import ATTRIBUTE, Encoded
 from vtc.testing.golden import GoldenCase
 
@@ -48,7 +49,9 @@ class Replay:
     def decode(self, step: int, cache: Any) -> Any:
         """The inner model's output for decode step `step`."""
         with torch.no_grad():
-            return self.model.model(input_ids=torch.tensor([[self.decode_ids[step]]]), past_key_values=cache)
+            return self.model.model(
+                input_ids=torch.tensor([[self.decode_ids[step]]]), **names.cache_argument(self.model.model, cache)
+            )
 
 
 def replay(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.engine.host import names
 from vtc.testing.oracle import masked_logits, relative_difference, visible_columns
 from vtc.testing.tiny import MIXED_PROMPTS, PROMPTS, VIDEO_PROMPTS, Prompt, TinyModel, families, tiny
 
@@ -85,7 +86,7 @@ def _difference(one: TinyModel, inputs: dict[str, Tensor], spec: str) -> float:
     length = inputs["input_ids"].shape[1]
     with vtc.compress(one.model, spec, positions="original"), torch.no_grad():
         prefill = one.model(**inputs, use_cache=True)
-        prompt_memory = visible_columns(prefill.past_key_values, length)
+        prompt_memory = visible_columns(names.cache_of(prefill), length)
         out = one.model.generate(
             **inputs,
             max_new_tokens=DECODED,
@@ -94,12 +95,12 @@ def _difference(one: TinyModel, inputs: dict[str, Tensor], spec: str) -> float:
             return_dict_in_generate=True,
             output_logits=True,
         )
-    last = len(prefill.past_key_values.layers) - 1
+    last = len(names.cache_of(prefill).layers) - 1
     kept = prompt_memory(last) & inputs["attention_mask"].bool()
     expected = masked_logits(one.model, inputs, prompt_memory)
     in_prompt = relative_difference(prefill.logits[kept], expected[kept])
     new = out.sequences[:, length:]
-    visible = visible_columns(out.past_key_values, length, dense=new.shape[1] - 1)
+    visible = visible_columns(names.cache_of(out), length, dense=new.shape[1] - 1)
     expected = masked_logits(one.model, one.extend(inputs, new[:, :-1]), visible)[:, length - 1 :]
     decoded = relative_difference(torch.stack(out.logits, dim=1), expected)
     worst = max(in_prompt, decoded)

@@ -11,6 +11,13 @@ from torch import Tensor
 #: members of the cache that vtc reads, calls or answers for
 MEMBERS = ("layers", "update", "get_seq_length", "get_query_offset", "get_mask_sizes", "crop", "is_compileable")
 
+#: methods for which vtc answers, with the arguments that its answers take
+ASKED = {
+    "get_seq_length": ("layer_idx",),
+    "get_query_offset": ("layer_idx",),
+    "get_mask_sizes": ("query_length", "layer_idx"),
+}
+
 #: members of one of its layers
 LAYER_MEMBERS = ("keys", "values", "update", "get_seq_length")
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vtc.errors import UnsupportedFeatureError
+from vtc.errors import StateError, UnsupportedFeatureError
 
 
 def cut(mask: Tensor, rows: Int[Tensor, "B Q"] | None, columns: Int[Tensor, "B K"]) -> Tensor:
@@ -33,6 +33,23 @@ def cut(mask: Tensor, rows: Int[Tensor, "B Q"] | None, columns: Int[Tensor, "B K
         mask = mask.gather(2, index)
     index = columns.clamp(min=0)[:, None, None, :].expand(-1, heads, mask.shape[2], -1)
     return mask.gather(3, index).masked_fill((columns < 0)[:, None, None, :], _nothing(mask))
+
+
+def check_width(mask: Tensor | None, width: int, queries: int | None = None) -> None:
+    """Refuse a mask of the host that covers other keys or queries than vtc knows of; 2-D masks have no queries.
+
+    Raises:
+        StateError: nothing can be cut out of it rightly.
+    """
+    if not isinstance(mask, Tensor):
+        return
+    fits = mask.shape[-1] == width and (queries is None or mask.dim() < 3 or mask.shape[-2] in (1, queries))
+    if not fits:
+        raise StateError(
+            f"the attention mask has the shape {tuple(mask.shape)}, and there are {width} keys"
+            f"{'' if queries is None else f' and {queries} queries'}. The KV cache holds something else than the model "
+            "thinks; prefill again, with the attention_mask of the whole conversation."
+        )
 
 
 def causal(valid: Bool[Tensor, "B K"], queries: int, dtype: torch.dtype, implementation: str | None) -> Tensor:
