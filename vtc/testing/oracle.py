@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import adapter_for
+from vtc.engine.host import names
 from vtc.stages import Method, Stage
 
 Visible = Callable[[int], Tensor]
@@ -58,13 +59,13 @@ def masked_logits(
     """
     adapter = adapter_for(model)
     lm: Any = adapter.language_model
-    batch, length = inputs["input_ids"].shape
-    padding = inputs.get("attention_mask", torch.ones(batch, length, dtype=torch.long)).bool()
+    batch, length = inputs[names.INPUT_IDS].shape
+    padding = inputs.get(names.ATTENTION_MASK, torch.ones(batch, length, dtype=torch.long)).bool()
     counted = (padding.long().cumsum(1) - 1).clamp(min=0)
     order = torch.arange(length)
     causal = (order <= order[:, None]) & padding[:, None, None, :]
     dtype = next(lm.parameters()).dtype
-    eager = lm.config._attn_implementation == "eager"
+    eager = names.attention_of(lm.config) == "eager"
 
     def mask(layer: int, host: Tensor | None) -> Tensor:
         shown = causal if host is None or host.dim() != 4 else host if host.dtype == torch.bool else host == 0
@@ -79,21 +80,21 @@ def masked_logits(
         return (torch.zeros(allowed.shape, dtype=dtype) + bias).masked_fill(~allowed, torch.finfo(dtype).min)
 
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        given = kwargs.get("position_ids") if position_ids is None else position_ids
-        kwargs = {**kwargs, "position_ids": counted if given is None else given}
-        if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = padding.long()  # else gaps in the positions are read as packed sequences
+        given = kwargs.get(names.POSITION_IDS) if position_ids is None else position_ids
+        kwargs = {**kwargs, names.POSITION_IDS: counted if given is None else given}
+        if kwargs.get(names.ATTENTION_MASK) is None:
+            kwargs[names.ATTENTION_MASK] = padding.long()  # else gaps in the positions are read as packed sequences
         if replace is not None:
-            embeds = kwargs["inputs_embeds"].clone()
+            embeds = kwargs[names.INPUTS_EMBEDS].clone()
             embeds[replace[0]] = replace[1].to(embeds.dtype)
-            kwargs["inputs_embeds"] = embeds
+            kwargs[names.INPUTS_EMBEDS] = embeds
         return args, kwargs
 
     def layer_hook(index: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            changed = {"attention_mask": mask(index, kwargs.get("attention_mask"))}
+            changed = {names.ATTENTION_MASK: mask(index, kwargs.get(names.ATTENTION_MASK))}
             if layer_positions is not None:
-                changed["position_embeddings"] = lm.rotary_emb(args[0], layer_positions(index))
+                changed[names.POSITION_EMBEDDINGS] = lm.rotary_emb(args[0], layer_positions(index))
             return (args if entering is None else (entering(index, args[0]), *args[1:])), {**kwargs, **changed}
 
         return hook
@@ -102,8 +103,8 @@ def masked_logits(
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             assert unchanged is not None
             rows = unchanged(index)[..., None]
-            hidden = torch.where(rows, args[0], output[0] if isinstance(output, tuple) else output)
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            hidden = torch.where(rows, args[0], names.first_of(output))
+            return names.with_first(output, hidden)
 
         return hook
 

@@ -6,10 +6,12 @@ its attention must have the words of `vtc.engine.host.names`, and the cache clas
 `vtc.engine.host.cache` uses. Signatures are looked at once per class.
 """
 
+import contextlib
 import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from packaging.version import Version
@@ -24,6 +26,8 @@ TESTED = ("5.19", "5.25")
 
 #: set to 1 to patch models on a version outside the range, once `vtc doctor --self-check` has passed there
 SWITCH = "VTC_UNTESTED_HOST"
+
+_UNCHECKED: ContextVar[bool] = ContextVar("vtc_unchecked_host", default=False)
 
 #: what each part must take; the KV cache, whose word changes, comes on top
 WORDS = {
@@ -65,7 +69,7 @@ def check_version() -> None:
         raise UnsupportedModelError(
             f"transformers {installed()} is outside the tested range {tested_range()}: a change of its "
             f"internals would make answers silently wrong. Install a tested one: pip install 'transformers"
-            f"{tested_range()}'. Or run `{SWITCH}=1 vtc doctor --self-check`, and if it passes, set {SWITCH}=1 to "
+            f"{tested_range()}'. Or run `vtc doctor --self-check`, and if it passes, set {SWITCH}=1 to "
             "patch models on this version."
         )
 
@@ -78,8 +82,18 @@ def installed() -> str:
 
 
 def is_off() -> bool:
-    """Whether the user took the checks off; the guards while running stay."""
-    return os.environ.get(SWITCH, "") not in ("", "0")
+    """Whether the user, or `unchecked`, took the checks off; the guards while running stay."""
+    return _UNCHECKED.get() or os.environ.get(SWITCH, "") not in ("", "0")
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Patch without the checks inside the block: how the self check tries a version that nobody tested."""
+    token = _UNCHECKED.set(True)
+    try:
+        yield
+    finally:
+        _UNCHECKED.reset(token)
 
 
 def tested_range() -> str:
