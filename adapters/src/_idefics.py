@@ -14,6 +14,7 @@ from vtc.adapter import Encoder
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import halves, tower_attention, tower_layers
+from vtc.engine.host import names
 from vtc.tokens import Layout
 
 
@@ -49,7 +50,7 @@ class IdeficsAdapter(LlamaAdapter):
         )
 
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
-        prompts = output.pooler_output
+        prompts = names.features_of(output)
         count = self.inner.image_seq_len
         tiles = sum(len(prompt) for prompt in prompts) // count
         side = round(count**0.5)
@@ -62,7 +63,7 @@ class IdeficsAdapter(LlamaAdapter):
 
 def unpadded(arguments: Mapping[str, Any]) -> Tensor | None:
     """0 for patches of the image, -1 for patches of its padding, [tiles, patches]; None where there is no padding."""
-    mask = arguments.get("attention_mask")
+    mask = arguments.get(names.ATTENTION_MASK)
     if mask is None:
         return None
     seen = mask[:, 0, 0] if mask.dim() == 4 else mask

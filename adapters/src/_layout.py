@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.engine.host import names
 from vtc.tokens import Layout
 
 #: row, column and segment of the tokens of one image
@@ -36,7 +37,7 @@ def ragged_layout(places: Sequence[Places], grids: Sequence[Grids], device: torc
 
 def clip_shape(arguments: Mapping[str, Any]) -> tuple[int, int]:
     """Videos and frames of a call of `get_video_features`; older hosts name its pixels `pixel_values`."""
-    pixels = arguments["pixel_values_videos"] if "pixel_values_videos" in arguments else arguments["pixel_values"]
+    pixels = arguments[names.VIDEO_PIXELS] if names.VIDEO_PIXELS in arguments else arguments[names.PIXELS]
     videos, frames = pixels.shape[:2]
     return videos, frames
 

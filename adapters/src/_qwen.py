@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vtc.adapter import Attention, Encoder
 from vtc.adapters._layout import ragged_layout, raster
 from vtc.adapters._llama import LlamaAdapter
+from vtc.engine.host import names
 from vtc.tokens import Layout
 
 
@@ -32,7 +33,7 @@ class QwenAdapter(LlamaAdapter):
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
         grids = tuple(((h, w),) * t for t, h, w in self.merged_grids(arguments))
         lengths = tuple(sum(h * w for h, w in image) for image in grids)
-        layout = ragged_layout([raster(image) for image in grids], grids, output.pooler_output[0].device)
+        layout = ragged_layout([raster(image) for image in grids], grids, names.features_of(output)[0].device)
         return lengths, layout
 
     def merged_grids(self, arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:

@@ -12,6 +12,7 @@ from vtc.adapter import Attention, Encoder, register_adapter
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter, decoder_attention
 from vtc.adapters._vit import halves, tower_attention, tower_layers
+from vtc.engine.host import names
 from vtc.tokens import Layout
 
 
@@ -53,7 +54,7 @@ class Gemma3Adapter(LlamaAdapter):
         )
 
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
-        features = output.pooler_output
+        features = names.features_of(output)
         side = self.inner.multi_modal_projector.tokens_per_side
         layout = Layout.grid(side, side, groups=features.shape[0], device=features.device)
         return (side * side,) * features.shape[0], layout

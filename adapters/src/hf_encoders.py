@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from vtc.adapters._vit import halves, has_cls, tower_attention
 from vtc.encoders import ImageEncoder, register_encoder
+from vtc.engine.host import names
 
 KNOWN = ("clip_vision_model", "deit", "dinov2", "dinov2_with_registers", "siglip_vision_model", "vit")
 
@@ -46,13 +47,9 @@ def find(module: nn.Module) -> ImageEncoder | str | None:
         num_prefix=prefix + (0 if registers is None else registers.shape[1]),
         has_cls=has_cls(model),
         implementation=functools.partial(_implementation, model),
-        checkpoints=functools.partial(_checkpoints, blocks[0]),
+        checkpoints=functools.partial(names.checkpoints, blocks[0]),
     )
 
 
 def _implementation(model: Any) -> str:
-    return str(model.config._attn_implementation)
-
-
-def _checkpoints(block: Any) -> bool:
-    return block.training and getattr(block, "gradient_checkpointing", False)
+    return str(names.attention_of(model.config))

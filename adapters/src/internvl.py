@@ -13,6 +13,7 @@ from vtc.adapter import Encoder, Resize, register_adapter
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import feature_layers, halves, has_cls, tower_attention, tower_layers
+from vtc.engine.host import names
 from vtc.tokens import Layout
 
 
@@ -48,7 +49,7 @@ class InternVLAdapter(LlamaAdapter):
         )
 
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
-        features = output.pooler_output
+        features = names.features_of(output)
         side = round(features.shape[1] ** 0.5)
         layout = Layout.grid(side, side, groups=features.shape[0], device=features.device)
         return (features.shape[1],) * features.shape[0], layout

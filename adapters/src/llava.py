@@ -8,6 +8,7 @@ from torch import nn
 from vtc.adapter import Encoder, register_adapter
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import feature_layers, halves, has_cls, interpolated, tower_attention, tower_layers
+from vtc.engine.host import names
 from vtc.tokens import Layout
 
 
@@ -42,7 +43,7 @@ class LlavaAdapter(LlamaAdapter):
         )
 
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
-        features = output.pooler_output
+        features = names.features_of(output)
         lengths = tuple(len(image) for image in features)
         side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
         layout = Layout.grid(side, side, groups=len(lengths), device=features[0].device)

@@ -14,6 +14,7 @@ from vtc.adapter import Encoder, Packing, register_adapter
 from vtc.adapters._layout import ragged_layout
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import feature_layers, halves, has_cls, tower_attention, tower_layers
+from vtc.engine.host import names
 from vtc.tokens import Layout
 
 
@@ -102,7 +103,7 @@ class LlavaNextAdapter(LlamaAdapter):
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
         packing = self.packing(encoder, arguments)
         assert packing is not None
-        return packing.lengths, packing.layout.to(output.pooler_output[0].device)
+        return packing.lengths, packing.layout.to(names.features_of(output)[0].device)
 
     def _tile_grid(self, size: Tensor) -> tuple[int, int]:
         """Rows and columns of tiles of an image."""

@@ -15,6 +15,7 @@ from vtc.adapter import Encoder, Packing, register_adapter
 from vtc.adapters._layout import clip_shape, ragged_layout, raster
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import feature_layers, halves, has_cls, tower_attention, tower_layers
+from vtc.engine.host import names
 from vtc.tokens import Layout
 
 
@@ -68,7 +69,7 @@ class LlavaOnevisionAdapter(LlamaAdapter):
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
         packing = self.packing(encoder, arguments)
         assert packing is not None
-        return packing.lengths, packing.layout.to(output.pooler_output[0].device)
+        return packing.lengths, packing.layout.to(names.features_of(output)[0].device)
 
     def _grids(self, is_newline: Tensor) -> tuple[tuple[tuple[int, int], ...], int, int]:
         """Segments of an image (base tile, then the grid as packed), its newlines, and the tokens that they divide."""

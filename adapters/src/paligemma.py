@@ -6,6 +6,7 @@ from typing import Any
 from vtc.adapter import Encoder, register_adapter
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import halves, interpolated, tower_attention, tower_layers
+from vtc.engine.host import names
 from vtc.tokens import Layout
 
 
@@ -42,7 +43,7 @@ class PaliGemmaAdapter(LlamaAdapter):
         )
 
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
-        features = output.pooler_output
+        features = names.features_of(output)
         side = round(features.shape[1] ** 0.5)
         layout = Layout.grid(side, side, groups=features.shape[0], device=features.device)
         return (side * side,) * features.shape[0], layout

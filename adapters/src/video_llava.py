@@ -10,6 +10,7 @@ from vtc.adapters._layout import clip_shape
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import feature_layers, halves, has_cls, interpolated, tower_attention, tower_layers
 from vtc.adapters.llava_next_video import frame_packing
+from vtc.engine.host import names
 from vtc.tokens import Layout
 
 
@@ -42,7 +43,7 @@ class VideoLlavaAdapter(LlamaAdapter):
         return frame_packing(videos, frames, Layout.grid(self._side, self._side, videos, frames).map(with_cls))
 
     def layout(self, encoder: Encoder, output: Any, arguments: Mapping[str, Any]) -> tuple[tuple[int, ...], Layout]:
-        features = output.pooler_output
+        features = names.features_of(output)
         packing = self.packing(encoder, arguments)
         if packing is not None:
             return packing.lengths, packing.layout.to(features.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from vtc import flops
 from vtc.adapter import Adapter
 from vtc.engine import Handle, compress
+from vtc.engine.host import names
 from vtc.errors import InputError, VTCError
 from vtc.eval.accuracy import Prepared, costs, score
 from vtc.eval.costs import observed_encoder
@@ -158,7 +159,7 @@ def opened(subject: Subject, settings: Settings, path: Path | None) -> Result:
         **subject.about,
         **asdict(settings),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": subject.adapter.text_config._attn_implementation,
+        "attention": names.attention_of(subject.adapter.text_config),
     }
     run["batches"] = list(settings.batches)
     here = environment(subject.adapter.device)

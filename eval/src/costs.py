@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vtc.adapter import Adapter, Encoder
 from vtc.adapters._vit import tower_layers
+from vtc.engine.host import names
 
 
 @dataclass
@@ -85,7 +86,7 @@ def _weights(part: str, total: EncoderFlops) -> Callable[..., None]:
 
 def _attention(width: int, total: EncoderFlops) -> Callable[..., None]:
     def count(module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden: Tensor = names.hidden_argument(args, kwargs)
         ends = kwargs.get("cu_seqlens")
         segments = [hidden.shape[1]] * hidden.shape[0] if ends is None else ends.diff().tolist()
         total.tower += 4 * width * sum(n * n for n in segments)

@@ -7,6 +7,7 @@ import torch
 
 import vtc
 from vtc.adapter import Adapter, adapter_for
+from vtc.engine.host import names
 from vtc.engine.plan import make_plan
 from vtc.errors import UnsupportedModelError, VTCError
 from vtc.registry import create, methods
@@ -83,7 +84,7 @@ def _parts(adapter: Adapter) -> dict[str, str]:
         "class": type(adapter.model).__name__,
         "language model": f"{type(adapter.language_model).__name__}, {len(adapter.layers)} layers of width "
         f"{config.hidden_size}, {config.num_attention_heads} heads, {config.num_key_value_heads} key heads",
-        "attention": str(config._attn_implementation),
+        "attention": str(names.attention_of(config)),
     }
     for encoder in adapter.encoders:
         cls = "with [CLS]" if encoder.num_prefix else "without [CLS]"

@@ -1,0 +1,311 @@
+"""A host that changed its words is refused at the patch; what the check cannot see is refused while running."""
+
+import ast
+import copy
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+
+import vtc
+from vtc import errors
+from vtc.adapter import adapter_for
+from vtc.engine.host import cache as host
+from vtc.engine.host import contract, names
+from vtc.testing import families, relative_difference, tiny
+from vtc.testing.tiny import PROMPTS
+
+ROOT = Path(__file__).parents[2]
+_STOCK = tiny("llava").model
+WORD = names.cache_words(_STOCK)[0]  # of the installed host
+
+
+class TestWordsStandOnce:
+    """A rename is a line in `names`: no other file of the engine or of the adapters spells a word of the host."""
+
+    WORDS = frozenset(value for name, value in vars(names).items() if name.isupper() and isinstance(value, str))
+
+    @staticmethod
+    def sources(*folders):
+        for folder in folders:
+            yield from (path for path in (ROOT / folder).rglob("*.py") if path.parent.name != "host")
+
+    def test_in_the_engine_and_the_adapters(self):
+        assert "attention_mask" in self.WORDS
+        found = [
+            f"{path.relative_to(ROOT)}:{node.lineno} {node.value!r}"
+            for path in self.sources("vtc/engine", "adapters/src")
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in self.WORDS
+        ]
+        assert not found
+
+    def test_the_cache_in_every_file(self):
+        assert names.CACHE_WORDS == ("cache", "past_" + "key_values")
+        old = names.CACHE_WORDS[1]
+        everywhere = self.sources("vtc", "adapters/src", "kernels/src", "eval/src", "demos/src", "tests")
+        found = [path.relative_to(ROOT) for path in everywhere if old in path.read_text()]
+        assert not found
+
+
+class TestVersion:
+    @pytest.mark.parametrize("version", ["4.57.6", "5.17.0", "5.18.0", "5.25.0", "5.25.0.dev0", "6.0.0"])
+    def test_outside_the_range(self, sdpa_llava, monkeypatch, version):
+        monkeypatch.setattr(contract, "installed", lambda: version)
+        before = dict(vars(sdpa_llava.model.model))
+        refused = pytest.raises(
+            errors.UnsupportedModelError, match=rf"transformers {version} is outside.*>=5\.19,<5\.25"
+        )
+        with refused:
+            vtc.patch(sdpa_llava.model, "random:5")
+        with refused, vtc.compress(sdpa_llava.model, "random:5"):
+            pass
+        assert vars(sdpa_llava.model.model) == before
+        monkeypatch.setenv(contract.SWITCH, "1")
+        vtc.patch(sdpa_llava.model, "random:5").remove()
+
+    def test_an_encoder_by_itself(self, sdpa_llava, monkeypatch):
+        monkeypatch.setattr(contract, "installed", lambda: "5.25.0")
+        with pytest.raises(errors.UnsupportedModelError, match="outside the tested range"):
+            vtc.patch_encoder(sdpa_llava.model.model.vision_tower, "tome", 0.5)
+
+    def test_the_range_is_that_of_the_package(self):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert f"transformers{contract.tested_range()}" in project["dependencies"]
+        assert contract.TESTED == ("5.19", "5.25")
+
+    @pytest.mark.parametrize("version", ["5.19.0", "5.20.2", "5.24.0", "5.24.7"])
+    def test_inside_the_range(self, version):
+        assert contract.is_tested(version)
+
+
+class RenamedLayer(LlamaDecoderLayer):
+    """A decoder layer of a host that calls the KV cache by a word of its own."""
+
+    def forward(
+        self, hidden_states, attention_mask=None, position_ids=None, kv_store=None, position_embeddings=None, **kwargs
+    ):
+        return super().forward(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            position_embeddings=position_embeddings,
+            **names.cache_argument(_STOCK, kv_store),
+            **kwargs,
+        )
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, kv_store=kwargs.pop(WORD), **kwargs)
+
+
+class RenamedModel(LlamaModel):
+    """The same for the language model; what it returns has another word, too."""
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, kv_store=None, inputs_embeds=None, **rest
+    ):
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **names.cache_argument(_STOCK, kv_store),
+            **rest,
+        )
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, kv_store=kwargs.pop(WORD), **kwargs)
+
+
+def renamed(part):
+    one = tiny("llava")
+    lm = one.model.model.language_model
+    if part == "layer":
+        for layer in lm.layers:
+            layer.__class__ = RenamedLayer
+    else:
+        lm.__class__ = RenamedModel
+    return one
+
+
+class TestAHostWithAnotherWord:
+    @pytest.mark.parametrize(("part", "what"), [("layer", "decoder layer"), ("model", "language model")])
+    def test_the_patch_is_refused(self, part, what):
+        one = renamed(part)
+        inputs = one.inputs()
+        expected = one.model(**inputs).logits  # the host itself works
+        before = dict(vars(one.model.model))
+        with pytest.raises(errors.UnsupportedModelError, match=rf"Renamed\w+\.forward \({what}\).*'kv_store'"):
+            vtc.patch(one.model, "random:5")
+        assert vars(one.model.model) == before
+        assert torch.equal(one.model(**inputs).logits, expected)
+
+    @pytest.mark.parametrize(
+        "spec", ["random:5", "fastervlm:5", "fastv@2:5", "shortv(layers=1|2)", "random:5 + dart@2:3"]
+    )
+    @pytest.mark.parametrize("part", ["layer", "model"])
+    def test_no_result_without_the_check(self, part, spec, monkeypatch):
+        monkeypatch.setenv(contract.SWITCH, "1")
+        one = renamed(part)
+        inputs = one.inputs()
+        expected = one.model(**inputs).logits
+        with vtc.compress(one.model, spec), pytest.raises(errors.StateError, match="by a word that vtc knows"):
+            one.model.generate(**inputs, max_new_tokens=3)
+        assert torch.equal(one.model(**inputs).logits, expected)
+
+    def test_a_second_turn_without_pixels(self, monkeypatch):
+        monkeypatch.setenv(contract.SWITCH, "1")
+        one = renamed("model")
+        with vtc.compress(one.model, "random:5"), pytest.raises(errors.StateError, match="by a word that vtc knows"):
+            one.model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True)
+
+    def test_another_word_for_the_embeddings(self, sdpa_llava, monkeypatch):
+        lm = sdpa_llava.model.model.language_model
+        hook = lm.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {"embeds": kwargs.pop("inputs_embeds"), **kwargs}), with_kwargs=True
+        )
+        with (
+            vtc.compress(sdpa_llava.model, "random:5"),
+            pytest.raises(errors.StateError, match="without 'inputs_embeds'"),
+        ):
+            sdpa_llava.model(**sdpa_llava.inputs())
+        hook.remove()
+
+    @pytest.mark.parametrize("missing", ["get_query_offset", "heads_of"])
+    def test_a_cache_without_a_member(self, sdpa_llava, monkeypatch, missing):
+        contract._check_cache.cache_clear()
+        monkeypatch.setattr(host, "MEMBERS", (*host.MEMBERS, "heads_of"))
+        if missing in host.MEMBERS[:-1]:
+            monkeypatch.setattr(host, "MEMBERS", host.MEMBERS[:-1])
+            monkeypatch.delattr(DynamicCache.__mro__[1], missing)
+        with pytest.raises(errors.UnsupportedModelError, match=rf"DynamicCache has no '{missing}'"):
+            vtc.patch(sdpa_llava.model, "random:5")
+        contract._check_cache.cache_clear()
+
+    def test_an_encoder_method_of_another_name(self, sdpa_llava, monkeypatch):
+        encoder = adapter_for(sdpa_llava.model).encoders[0]
+        monkeypatch.setattr(encoder.__class__, "method", "see", raising=False)
+        object.__setattr__(encoder, "method", "see")
+        monkeypatch.setattr(type(adapter_for(sdpa_llava.model)), "encoders", (encoder,))
+        with pytest.raises(errors.UnsupportedModelError, match="has no method 'see'"):
+            vtc.patch(sdpa_llava.model, "random:5")
+
+    @pytest.mark.parametrize("family", families())
+    def test_every_stock_family_passes(self, family):
+        contract.check(adapter_for(tiny(family).model))
+
+
+class TestGuards:
+    """Run-time guards, on the stock host."""
+
+    @pytest.mark.parametrize("with_pixels", [True, False])
+    @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
+    def test_embeddings_instead_of_ids(self, family, with_pixels):
+        one = tiny(family)
+        inputs = one.inputs()
+        embeds = one.model.get_input_embeddings()(inputs.pop("input_ids"))
+        if not with_pixels:
+            inputs = {"attention_mask": inputs["attention_mask"]}
+        with vtc.compress(one.model, "random:5"):
+            with pytest.raises(errors.InputError, match="Pass input_ids"):
+                one.model(inputs_embeds=embeds, **inputs)
+            if family == "gemma3":
+                return  # whose stock generate takes no embeddings
+            with pytest.raises(errors.InputError, match="Pass input_ids"):
+                one.model.generate(inputs_embeds=embeds, **inputs, max_new_tokens=2)
+
+    def test_one_embedding_on_a_cache(self, sdpa_llava):
+        model, inputs = sdpa_llava.model, sdpa_llava.inputs()
+        word = torch.tensor([[9]])
+        with vtc.compress(model, "random:5"), torch.no_grad():
+            cache = names.cache_of(model(**inputs, use_cache=True))
+            twin = copy.deepcopy(cache)
+            by_id = model(input_ids=word, **names.cache_argument(model, cache)).logits
+            embeds = model.get_input_embeddings()(word)
+            by_embedding = model(inputs_embeds=embeds, **names.cache_argument(model, twin)).logits
+        assert torch.equal(by_id, by_embedding)
+
+    @pytest.mark.parametrize(
+        ("spec", "what"), [("random:5", "attention_mask covers"), ("fastv@2:5", "layers of this KV")]
+    )
+    def test_a_cache_that_lost_its_memory(self, sdpa_llava, spec, what):
+        model, inputs = sdpa_llava.model, sdpa_llava.inputs()
+        with vtc.compress(model, spec), torch.no_grad():
+            cache = names.cache_of(model(**inputs, use_cache=True))
+            copied = DynamicCache()
+            for index, layer in enumerate(cache.layers):
+                copied.update(layer.keys, layer.values, index)
+            mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+            given = names.cache_argument(model, copied)
+            with pytest.raises(errors.StateError, match=what):
+                model(input_ids=torch.tensor([[9]]), attention_mask=mask, **given)
+
+    @pytest.mark.parametrize("more", [-3, 3])
+    @pytest.mark.parametrize("family", ["llava", "gemma3"])
+    def test_a_mask_that_fits_neither(self, family, more):
+        one = tiny(family)
+        model, inputs = one.model, one.inputs()
+        with vtc.compress(model, "random:5"), torch.no_grad():
+            cache = names.cache_of(model(**inputs, use_cache=True))
+            mask = torch.ones(1, inputs["input_ids"].shape[1] + 1 + more, dtype=torch.long)
+            given = names.cache_argument(model, cache)
+            with pytest.raises(errors.StateError, match="attention_mask covers"):
+                model(input_ids=torch.tensor([[9]]), attention_mask=mask, **given)
+
+    def test_a_mask_of_four_dimensions(self, sdpa_llava):
+        model, inputs = sdpa_llava.model, sdpa_llava.inputs()
+        length = inputs["input_ids"].shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        with vtc.compress(model, "random:5", positions="original"), torch.no_grad():
+            expected = model(**inputs).logits
+            assert relative_difference(model(**{**inputs, "attention_mask": causal}).logits, expected) < 1e-5
+            with pytest.raises(errors.StateError, match="attention mask has the shape"):
+                model(**{**inputs, "attention_mask": causal[..., :-2]})
+
+    @pytest.mark.parametrize("text_only", [False, True])
+    def test_positions_of_another_width(self, sdpa_llava, text_only):
+        model, inputs = sdpa_llava.model, sdpa_llava.inputs()
+        if text_only:
+            inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+        positions = torch.arange(inputs["input_ids"].shape[1] - 1)[None]
+        with vtc.compress(model, "random:5"), pytest.raises(errors.StateError, match="got positions for"):
+            model(**inputs, position_ids=positions)
+
+    def test_images_that_never_reach_the_language_model(self, sdpa_llava, monkeypatch):
+        inner, inputs = sdpa_llava.model.model, sdpa_llava.inputs()
+        monkeypatch.setattr(
+            inner, "forward", lambda pixel_values=None, **kwargs: inner.get_image_features(pixel_values)
+        )
+        with vtc.compress(sdpa_llava.model, "random:5"), pytest.raises(errors.StateError, match="was never called"):
+            inner(**inputs)
+
+    def test_rows_that_are_not_those_of_the_door(self, sdpa_llava):
+        lm = sdpa_llava.model.model.language_model
+        with vtc.compress(sdpa_llava.model, "random:5"):
+            hook = lm.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"][:, 1:]}),
+                with_kwargs=True,
+            )
+            with pytest.raises(errors.StateError, match="went in at the door"):
+                sdpa_llava.model(**sdpa_llava.inputs(), use_cache=False)
+            hook.remove()
+
+    @pytest.mark.parametrize(("version", "refused"), [("5.22.2", True), ("5.23.0", False)])
+    @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava"])
+    def test_pixels_of_a_later_turn(self, family, version, refused):
+        since = type(adapter_for(tiny(family).model)).later_pixels_since
+        assert since == ("" if family == "llava" else "5.23")
+        assert (since > version) == (refused and family != "llava")
+
+    def test_pixels_of_a_later_turn_on_an_older_host(self, monkeypatch):
+        one = tiny("gemma3")
+        monkeypatch.setattr(contract, "installed", lambda: "5.22.2")
+        inputs = one.inputs(PROMPTS[:1])
+        with vtc.compress(one.model, "random:5"), torch.no_grad():
+            cache = names.cache_of(one.model(**inputs, use_cache=True))
+            again = {name: value for name, value in inputs.items() if name != "attention_mask"}
+            with pytest.raises(errors.UnsupportedFeatureError, match=r"stock model reads pixels.*5\.23 or newer"):
+                one.model(**again, **names.cache_argument(one.model, cache))
