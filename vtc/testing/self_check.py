@@ -4,6 +4,7 @@ Random-weight twins run compressed and, masked, uncompressed: a prefill, a ragge
 on the same cache, a stage in the LLM and one behind the vision tower. It needs no download, and takes seconds a family.
 """
 
+import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,8 +81,12 @@ class SelfCheck:
         return tuple(found.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {**vars(self), "passed": self.passed, "compared": [vars(one) for one in self.compared]}
+        """Plain data for JSON; an infinite difference is None there."""
+        compared = [
+            {**vars(one), "difference": one.difference if math.isfinite(one.difference) else None}
+            for one in self.compared
+        ]
+        return {**vars(self), "passed": self.passed, "compared": compared}
 
 
 def self_check(
