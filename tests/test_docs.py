@@ -2,10 +2,12 @@
 
 import doctest
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 
+from vtc.engine.host import contract
 from vtc.eval.report_markdown import markdown, page
 from vtc.tables import methods_page, models_table, steps_table
 
@@ -68,6 +70,20 @@ def test_the_results_page_is_that_of_the_committed_runs():
     assert page(stored) == (ROOT / "docs" / "results.md").read_text(), (
         "docs/results.md is out of date: run `vtc bench report benchmarks/bench-*.json --out docs/results.md`"
     )
+
+
+def test_the_page_of_versions_is_that_of_the_supported_range():
+    versions = runpy.run_path(str(ROOT / "scripts" / "verify-versions"))["VERSIONS"]
+    newest = contract.Version(versions[-1]).release
+    assert versions[0] == f"{contract.TESTED[0]}.0"
+    assert contract.TESTED[1] == f"{newest[0]}.{newest[1] + 1}"
+    lines = (ROOT / "docs" / "compatibility.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| 5.")]
+    found = {row[0]: row for row in rows if len(row) == 7}
+    assert set(versions) <= set(found)
+    for version, passed, failed, *_ in found.values():
+        assert int(passed) > 2000, version
+        assert failed == "0", version
 
 
 def test_the_card_of_the_embedded_model_states_what_was_measured():

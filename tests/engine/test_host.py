@@ -243,6 +243,20 @@ class TestGuards:
             with pytest.raises(errors.StateError, match=what):
                 model(input_ids=torch.tensor([[9]]), attention_mask=mask, **given)
 
+    @pytest.mark.parametrize("spec", ["random:5", "fastv@2:5"])
+    @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3_vl"])
+    def test_a_compressed_cache_without_the_patch(self, family, spec):
+        one = tiny(family)
+        model, inputs = one.model, one.inputs(PROMPTS)
+        if family == "qwen3_vl":
+            spec = spec.replace("@2", "@3")  # behind its DeepStack layers
+        with vtc.compress(model, spec), torch.no_grad():
+            first = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+            whole = one.extend(inputs, first.sequences[:, inputs["input_ids"].shape[1] :])
+        told = {name: value for name, value in whole.items() if value.shape == whole["input_ids"].shape}
+        with pytest.raises(errors.StateError, match="a patch that was taken off"):
+            model.generate(**told, **names.cache_argument(model, names.cache_of(first)), max_new_tokens=2)
+
     @pytest.mark.parametrize("more", [-3, 3])
     @pytest.mark.parametrize("family", ["llava", "gemma3"])
     def test_a_mask_that_fits_neither(self, family, more):

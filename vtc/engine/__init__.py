@@ -3,8 +3,8 @@
 Reading order: `handle` (what a user holds), `plan` (which stage acts where), `encoder` (sites before the LLM's
 input), `tower` and `tower_groups` (inside the vision tower), `standalone`
 (encoders without an LLM), `groups` (tiles and frames, and how they become images),
-`door` (the LLM's input), `layers` (decoder layers), `visual` (which tokens are left, and where), `memory` (what a KV cache
-knows). What is known of transformers itself, and checked at the patch, is in `host`.
+`door` (the LLM's input), `layers` (decoder layers), `visual` (which tokens are left, and where), `memory` (what a KV
+cache knows). What is known of transformers itself, and checked at the patch, is in `host`.
 """
 
 from vtc.engine.handle import Handle, compress, patch

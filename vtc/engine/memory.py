@@ -4,6 +4,7 @@ Host code sees the *logical* length, as if nothing had been dropped: positions, 
 on unchanged. Masks are sized by what each layer really holds.
 """
 
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,9 @@ from vtc.engine.host import cache as host
 from vtc.engine.plan import Plan
 from vtc.engine.state import ATTRIBUTE
 from vtc.errors import StateError, UnsupportedFeatureError
+
+#: plans that are at work on some model
+INSTALLED: "weakref.WeakSet[Plan]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +129,17 @@ def _reference_length(cache: Any, layer_idx: int = 0) -> int:
 
 
 def _mask_sizes(cache: Any, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    """What the host asks at every call: the place to notice that no hook of ours will cut what it makes.
+
+    Raises:
+        StateError: the patch that made the cache was taken off.
+    """
+    memory: Memory = getattr(cache, ATTRIBUTE)
+    if memory.plan not in INSTALLED:
+        raise StateError(
+            "this KV cache was compressed under a patch that was taken off, and the unpatched model would read its "
+            "entries at wrong places. Continue under the patch (inside the `with` block), or prefill again."
+        )
     return _reference_length(cache) + query_length, 0
 
 
