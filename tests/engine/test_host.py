@@ -174,6 +174,27 @@ class TestAHostWithAnotherWord:
             sdpa_llava.model(**sdpa_llava.inputs())
         hook.remove()
 
+    @pytest.mark.parametrize(("role", "words"), contract.WORDS.items())
+    def test_every_word_of_every_part(self, sdpa_llava, monkeypatch, role, words):
+        for word in words:
+            monkeypatch.setitem(contract.WORDS, role, tuple("renamed" if word == one else one for one in words))
+            with pytest.raises(errors.UnsupportedModelError, match=rf"\({role}\) takes no 'renamed'.*'{word}'"):
+                vtc.patch(sdpa_llava.model, "random:5")
+
+    def test_words_of_one_family(self, monkeypatch):
+        one = tiny("qwen3_vl")
+        assert adapter_for(one.model).words == {"language model": ("visual_pos_masks", "deepstack_visual_embeds")}
+        monkeypatch.setattr(type(adapter_for(one.model)), "words", {"language model": ("deepstack",)})
+        with pytest.raises(errors.UnsupportedModelError, match="takes no 'deepstack'"):
+            vtc.patch(one.model, "random:5")
+
+    def test_a_cache_that_is_asked_otherwise(self, sdpa_llava, monkeypatch):
+        contract._check_cache.cache_clear()
+        monkeypatch.setitem(host.ASKED, "get_mask_sizes", ("query_length", "cache_position"))
+        with pytest.raises(errors.UnsupportedModelError, match=r"get_mask_sizes takes \(query_length, layer_idx\)"):
+            vtc.patch(sdpa_llava.model, "random:5")
+        contract._check_cache.cache_clear()
+
     @pytest.mark.parametrize("missing", ["get_query_offset", "heads_of"])
     def test_a_cache_without_a_member(self, sdpa_llava, monkeypatch, missing):
         contract._check_cache.cache_clear()
@@ -278,6 +299,18 @@ class TestGuards:
             assert relative_difference(model(**{**inputs, "attention_mask": causal}).logits, expected) < 1e-5
             with pytest.raises(errors.StateError, match="attention mask has the shape"):
                 model(**{**inputs, "attention_mask": causal[..., :-2]})
+
+    @pytest.mark.parametrize("spec", ["fastv@2:5", "shortv(layers=2)"])
+    def test_a_mask_of_one_layer(self, spec):
+        one = tiny("llava", "eager")
+        layer = one.model.model.language_model.layers[2]
+        hook = layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"][..., 1:]}),
+            with_kwargs=True,
+        )
+        with vtc.compress(one.model, spec), pytest.raises(errors.StateError, match="attention mask has the shape"):
+            one.model(**one.inputs())
+        hook.remove()
 
     @pytest.mark.parametrize("text_only", [False, True])
     def test_positions_of_another_width(self, sdpa_llava, text_only):

@@ -293,8 +293,8 @@ def _video_llava(attention: str, layers: int) -> TinyModel:
         **_PLAIN,
     )
     model = _built(VideoLlavaForConditionalGeneration, config, attention)
-    # older hosts name the pixels of images after their kind
-    name = "pixel_values_images" if "pixel_values_images" in inspect.signature(model.forward).parameters else None
+    # hosts before 5.22 name the pixels of images after their kind, and later ones warn of that name
+    name = "pixel_values" if "pixel_values" in inspect.signature(model.forward).parameters else "pixel_values_images"
     return _Clips(
         "video_llava",
         model,
@@ -303,7 +303,7 @@ def _video_llava(attention: str, layers: int) -> TinyModel:
         TILE,
         has_video=True,
         video_tokens=4 * 17,
-        pixels_name=name or "pixel_values",
+        pixels_name=name,
     )
 
 
