@@ -131,6 +131,13 @@ def renamed(part):
     return one
 
 
+def hand_on(stock):
+    def forward(self, *args, **kwargs):
+        return stock.forward(self, *args, **kwargs)
+
+    return forward
+
+
 class TestAHostWithAnotherWord:
     @pytest.mark.parametrize(("part", "what"), [("layer", "decoder layer"), ("model", "language model")])
     def test_the_patch_is_refused(self, part, what):
@@ -213,6 +220,24 @@ class TestAHostWithAnotherWord:
         monkeypatch.setattr(type(adapter_for(sdpa_llava.model)), "encoders", (encoder,))
         with pytest.raises(errors.UnsupportedModelError, match="has no method 'see'"):
             vtc.patch(sdpa_llava.model, "random:5")
+
+    @pytest.mark.parametrize("part", ["outer", "inner", "model", "layer"])
+    def test_a_subclass_that_hands_everything_on(self, part):
+        one = tiny("llava")
+        inner = one.model.model
+        parts = {"outer": one.model, "inner": inner, "model": inner.language_model}
+        for module in inner.language_model.layers if part == "layer" else [parts[part]]:
+            stock = type(module)
+            module.__class__ = type(f"My{stock.__name__}", (stock,), {"forward": hand_on(stock)})
+        inputs = one.inputs(PROMPTS)
+        found = []
+        for model in (one.model, _STOCK):
+            with vtc.compress(model, "random:5 + fastv@2:3"), torch.no_grad():
+                output = model(**inputs, use_cache=True)
+                step = {"input_ids": torch.full((3, 1), 9), **names.cache_argument(model, names.cache_of(output))}
+                found.append((output.logits, model(**step).logits))
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.equal(found[0][1], found[1][1])
 
     @pytest.mark.parametrize("family", families())
     def test_every_stock_family_passes(self, family):

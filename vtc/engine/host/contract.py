@@ -53,7 +53,7 @@ def check(adapter: Adapter) -> None:
         more = (*WORDS[role], *adapter.words.get(role, ()))
         if role == "outer model" and module is adapter.inner:
             continue  # a model without LM head; the inner model's words are what counts
-        _check_words(type(module).forward, type(module).__name__, role, more)
+        _check_words(names.parameters(module), type(module).__name__, role, more)
     for encoder in adapter.encoders:
         if not callable(getattr(adapter.inner, encoder.method, None)):
             raise _refused(f"{type(adapter.inner).__name__} has no method {encoder.method!r}")
@@ -130,8 +130,7 @@ def _parts(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
 
 
 @functools.cache
-def _check_words(forward: Callable[..., Any], owner: str, role: str, words: tuple[str, ...]) -> None:
-    known = tuple(inspect.signature(forward).parameters)[1:]
+def _check_words(known: tuple[str, ...], owner: str, role: str, words: tuple[str, ...]) -> None:
     missing = [repr(word) for word in words if word not in known]
     if not any(word in known for word in names.CACHE_WORDS):
         missing.append(f"a KV cache ({' or '.join(map(repr, names.CACHE_WORDS))})")

@@ -39,12 +39,14 @@ CHECKPOINTING = "gradient_checkpointing"
 
 def parameters(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of the forward of `module`, in order."""
-    return _parameters(type(module).forward)  # the class's, which hooks and wrappers of an instance leave alone
+    return tuple(_signature_of(module).parameters)
 
 
 def cache_words(module: nn.Module) -> tuple[str, ...]:
     """The words by which the forward of `module` takes a KV cache, its own first; empty: by none that we know."""
-    return _cache_words(type(module).forward)
+    known = parameters(module)
+    own = next((i for i, word in enumerate(CACHE_WORDS) if word in known), len(CACHE_WORDS))
+    return CACHE_WORDS[own:]
 
 
 def find_cache(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[bool, Any]:
@@ -74,13 +76,14 @@ def cache_of(output: Any) -> Any:
 
 def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a call of `module` with `args` and `kwargs` gives each parameter of its forward, extra keywords too."""
-    return bound(inspect.signature(module.forward), args, kwargs)
+    return bound(_signature_of(module), args, kwargs)
 
 
 def bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The same by a `signature`."""
     given = signature.bind_partial(*args, **kwargs).arguments
-    return {**given, **given.get("kwargs", {})}
+    more = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), "")
+    return {**given, **given.get(more, {})}
 
 
 def attention_of(config: Any) -> str | None:
@@ -129,13 +132,21 @@ def features_of(output: Any) -> Any:
     return getattr(output, FEATURES)
 
 
-@functools.cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+def _signature_of(module: nn.Module) -> inspect.Signature:
+    cls: Any = type(module)  # not the instance's forward, which hooks and wrappers change
+    return _signature(cls, cls.forward)
 
 
 @functools.cache
-def _cache_words(forward: Callable[..., Any]) -> tuple[str, ...]:
-    known = _parameters(forward)
-    own = next((i for i, word in enumerate(CACHE_WORDS) if word in known), len(CACHE_WORDS))
-    return CACHE_WORDS[own:]
+def _signature(cls: type, forward: Callable[..., Any]) -> inspect.Signature:
+    """The signature of the forward of `cls`, without self.
+
+    A subclass whose forward hands on *args takes what the class that it extends takes.
+    """
+    for base in cls.__mro__:
+        if "forward" in vars(base):
+            signature = inspect.signature(vars(base)["forward"])
+            own = list(signature.parameters.values())[1:]
+            if all(one.kind is not one.VAR_POSITIONAL for one in own):
+                return signature.replace(parameters=own)
+    return inspect.Signature()
