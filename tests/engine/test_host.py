@@ -19,6 +19,13 @@ from vtc.testing import families, relative_difference, tiny
 from vtc.testing.tiny import PROMPTS
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_switch(monkeypatch):
+    monkeypatch.delenv(contract.SWITCH, raising=False)
+
+
 _STOCK = tiny("llava").model
 WORD = names.cache_words(_STOCK)[0]  # of the installed host
 
@@ -64,8 +71,13 @@ class TestVersion:
         with refused, vtc.compress(sdpa_llava.model, "random:5"):
             pass
         assert vars(sdpa_llava.model.model) == before
+        monkeypatch.setenv(contract.SWITCH, "0")
+        with refused:
+            vtc.patch(sdpa_llava.model, "random:5")
         monkeypatch.setenv(contract.SWITCH, "1")
         vtc.patch(sdpa_llava.model, "random:5").remove()
+        with pytest.raises(errors.UnsupportedModelError, match="'kv_store'"):  # words are checked on every version
+            vtc.patch(renamed("layer").model, "random:5")
 
     def test_an_encoder_by_itself(self, sdpa_llava, monkeypatch):
         monkeypatch.setattr(contract, "installed", lambda: "5.25.0")
@@ -138,6 +150,13 @@ def hand_on(stock):
     return forward
 
 
+def hand_on_to(original):
+    def forward(self, *args, **kwargs):
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
 class TestAHostWithAnotherWord:
     @pytest.mark.parametrize(("part", "what"), [("layer", "decoder layer"), ("model", "language model")])
     def test_the_patch_is_refused(self, part, what):
@@ -155,7 +174,7 @@ class TestAHostWithAnotherWord:
     )
     @pytest.mark.parametrize("part", ["layer", "model"])
     def test_no_result_without_the_check(self, part, spec, monkeypatch):
-        monkeypatch.setenv(contract.SWITCH, "1")
+        monkeypatch.setattr(contract, "check", lambda adapter: None)
         one = renamed(part)
         inputs = one.inputs()
         expected = one.model(**inputs).logits
@@ -164,7 +183,7 @@ class TestAHostWithAnotherWord:
         assert torch.equal(one.model(**inputs).logits, expected)
 
     def test_a_second_turn_without_pixels(self, monkeypatch):
-        monkeypatch.setenv(contract.SWITCH, "1")
+        monkeypatch.setattr(contract, "check", lambda adapter: None)
         one = renamed("model")
         with vtc.compress(one.model, "random:5"), pytest.raises(errors.StateError, match="by a word that vtc knows"):
             one.model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True)
@@ -211,6 +230,10 @@ class TestAHostWithAnotherWord:
             monkeypatch.delattr(DynamicCache.__mro__[1], missing)
         with pytest.raises(errors.UnsupportedModelError, match=rf"DynamicCache has no '{missing}'"):
             vtc.patch(sdpa_llava.model, "random:5")
+        monkeypatch.undo()
+        monkeypatch.setattr(host, "LAYER_MEMBERS", (*host.LAYER_MEMBERS, "heads_of"))
+        with pytest.raises(errors.UnsupportedModelError, match="DynamicLayer has no 'heads_of'"):
+            vtc.patch(sdpa_llava.model, "random:5")
         contract._check_cache.cache_clear()
 
     def test_an_encoder_method_of_another_name(self, sdpa_llava, monkeypatch):
@@ -238,6 +261,57 @@ class TestAHostWithAnotherWord:
                 found.append((output.logits, model(**step).logits))
         assert torch.equal(found[0][0], found[1][0])
         assert torch.equal(found[0][1], found[1][1])
+
+    def test_a_subclass_with_parameters_of_its_parent(self, monkeypatch):
+        one = tiny("llava")
+        stock = type(one.model)
+
+        class Mine(stock):
+            def forward(self, input_ids=None, pixel_values=None, attention_mask=None, **rest):
+                given = {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask}
+                return super().forward(**given, **rest)
+
+        one.model.__class__ = Mine
+        inputs = one.inputs(PROMPTS)
+        with vtc.compress(_STOCK, "random:5"), torch.no_grad():
+            expected = _STOCK.generate(**inputs, max_new_tokens=3, do_sample=False)
+        with vtc.compress(one.model, "random:5"), torch.no_grad():
+            assert torch.equal(one.model.generate(**inputs, max_new_tokens=3, do_sample=False), expected)
+
+    def test_a_forward_that_takes_whatever_it_gets(self, monkeypatch):
+        one = tiny("llava")
+        inputs = one.inputs(PROMPTS)
+        with vtc.compress(one.model, "shortv(layers=1|2)"), torch.no_grad():
+            expected = one.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        for cls in (LlamaDecoderLayer, LlamaModel, type(one.model.model)):
+            monkeypatch.setattr(cls, "forward", hand_on_to(cls.forward))
+        with vtc.compress(one.model, "shortv(layers=1|2)"), torch.no_grad():
+            assert torch.equal(one.model.generate(**inputs, max_new_tokens=3, do_sample=False), expected)
+
+    def test_a_subclass_that_lost_a_word_is_told_so(self):
+        one = tiny("llava")
+        layer = one.model.model.language_model.layers[0]
+
+        class Mine(type(layer)):
+            def forward(self, hidden_states, attention_mask=None, angles=None, **rest):
+                return super().forward(hidden_states, attention_mask, position_embeddings=angles, **rest)
+
+        layer.__class__ = Mine
+        what = r"Mine\.forward \(decoder layer\) takes no .*'angles'.*Mine is no class of transformers: let its forward"
+        with pytest.raises(errors.UnsupportedModelError, match=what):
+            vtc.patch(one.model, "random:5")
+
+    @pytest.mark.parametrize("part", ["language_model", "layers"])
+    def test_a_part_that_is_not_where_it_was(self, monkeypatch, part):
+        one = tiny("llava")
+        adapter = adapter_for(one.model)
+
+        def moved(self):
+            raise AttributeError(f"no attribute {part!r}")
+
+        monkeypatch.setattr(type(adapter), part, property(moved))
+        with pytest.raises(errors.UnsupportedModelError, match=rf"is not where it was: no attribute '{part}'"):
+            contract.check(adapter)
 
     @pytest.mark.parametrize("family", families())
     def test_every_stock_family_passes(self, family):
@@ -300,7 +374,7 @@ class TestGuards:
             first = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
             whole = one.extend(inputs, first.sequences[:, inputs["input_ids"].shape[1] :])
         told = {name: value for name, value in whole.items() if value.shape == whole["input_ids"].shape}
-        with pytest.raises(errors.StateError, match="a patch that was taken off"):
+        with pytest.raises(errors.StateError, match="is not the one whose patch made it"):
             model.generate(**told, **names.cache_argument(model, names.cache_of(first)), max_new_tokens=2)
 
     @pytest.mark.parametrize("more", [-3, 3])
@@ -324,6 +398,85 @@ class TestGuards:
             assert relative_difference(model(**{**inputs, "attention_mask": causal}).logits, expected) < 1e-5
             with pytest.raises(errors.StateError, match="attention mask has the shape"):
                 model(**{**inputs, "attention_mask": causal[..., :-2]})
+
+    def test_the_patched_model_beside_a_copy(self, sdpa_llava):
+        """A patch somewhere does not make every reader of the cache a patched one."""
+        twin, model, inputs = copy.deepcopy(sdpa_llava.model), sdpa_llava.model, sdpa_llava.inputs(PROMPTS)
+        with vtc.compress(model, "random:5"), torch.no_grad():
+            cache = names.cache_of(model(**inputs, use_cache=True))
+            word = torch.full((3, 1), 9)
+            with pytest.raises(errors.StateError, match="is not the one whose patch made it"):
+                twin(input_ids=word, **names.cache_argument(twin, cache))
+            lm = model.model.language_model
+            with pytest.raises(errors.StateError, match="a language model called by itself"):
+                lm(input_ids=word, **names.cache_argument(lm, cache))
+
+    @pytest.mark.parametrize("inside", [True, False])
+    @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
+    def test_an_emptied_cache_is_a_new_one(self, family, inside):
+        one = tiny(family)
+        model, text = one.model, one.inputs([(30,)])
+        word = torch.tensor([[9]])
+        with torch.no_grad():
+            with vtc.compress(model, "random:5") as handle:
+                cache = names.cache_of(model(**one.inputs(), use_cache=True))
+                cache.reset()
+                if not inside:
+                    handle.remove()
+                model(**text, **names.cache_argument(model, cache))
+                assert cache.get_seq_length() == 30
+                again = model(input_ids=word, **names.cache_argument(model, cache)).logits
+            fresh = names.cache_of(model(**text, use_cache=True))
+            expected = model(input_ids=word, **names.cache_argument(model, fresh)).logits
+        assert relative_difference(again, expected) < 1e-6
+
+    @pytest.mark.parametrize("positions", ["original", "compact", "renumber"])
+    @pytest.mark.parametrize("spec", ["random:5", "fastv@2:4", "shortv(layers=1)", "pool:5"])
+    def test_samples_in_another_order(self, sdpa_llava, spec, positions):
+        model, inputs = sdpa_llava.model, sdpa_llava.inputs(PROMPTS)
+        word, order = torch.tensor([[9], [10], [11]]), torch.tensor([1, 0, 2])
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
+        size_bias = {"size_bias": True} if spec.startswith("pool") else {}
+        with vtc.compress(model, spec, positions=positions, **size_bias), torch.no_grad():
+            cache = names.cache_of(model(**inputs, use_cache=True))
+
+            def decode(cache, rows):
+                given = {"input_ids": word[rows], "attention_mask": mask[rows]}
+                return model(**given, **names.cache_argument(model, cache)).logits
+
+            reordered, chosen = copy.deepcopy(cache), copy.deepcopy(cache)
+            expected = decode(cache, torch.arange(3))
+            reordered.reorder_cache(order)
+            torch.testing.assert_close(decode(reordered, order), expected[order])
+            chosen.batch_select_indices(order[:2])
+            torch.testing.assert_close(decode(chosen, order[:2]), expected[order[:2]])
+
+    def test_hidden_states_by_keyword(self, sdpa_llava):
+        model, inputs = sdpa_llava.model, sdpa_llava.inputs()
+        with vtc.compress(model, "fastv@2:4"), torch.no_grad():
+            expected = model(**inputs).logits
+        hook = model.model.language_model.layers[2].register_forward_pre_hook(
+            lambda module, args, kwargs: ((), {"hidden_states": args[0], **kwargs}), with_kwargs=True
+        )
+        with vtc.compress(model, "fastv@2:4"), torch.no_grad():
+            assert torch.equal(model(**inputs).logits, expected)
+        hook.remove()
+
+    @pytest.mark.parametrize("wrong", ["cache", "rotations"])
+    def test_a_first_layer_that_gets_something_else(self, sdpa_llava, wrong):
+        model = sdpa_llava.model
+        word = names.cache_words(model.model.language_model.layers[0])[0]
+
+        def change(module, args, kwargs):
+            if wrong == "cache":
+                return args, {**kwargs, word: DynamicCache()}
+            return args, {**kwargs, "position_embeddings": tuple(x[:, 1:] for x in kwargs["position_embeddings"])}
+
+        hook = model.model.language_model.layers[0].register_forward_pre_hook(change, with_kwargs=True)
+        what = "did not get the KV cache" if wrong == "cache" else "rotations for"
+        with vtc.compress(model, "random:5"), pytest.raises(errors.StateError, match=what):
+            model.generate(**sdpa_llava.inputs(), max_new_tokens=2)
+        hook.remove()
 
     @pytest.mark.parametrize("spec", ["fastv@2:5", "shortv(layers=2)"])
     def test_a_mask_of_one_layer(self, spec):
@@ -365,12 +518,16 @@ class TestGuards:
                 sdpa_llava.model(**sdpa_llava.inputs(), use_cache=False)
             hook.remove()
 
-    @pytest.mark.parametrize(("version", "refused"), [("5.22.2", True), ("5.23.0", False)])
-    @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava"])
-    def test_pixels_of_a_later_turn(self, family, version, refused):
-        since = type(adapter_for(tiny(family).model)).later_pixels_since
-        assert since == ("" if family == "llava" else "5.23")
-        assert (since > version) == (refused and family != "llava")
+    @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "paligemma"])
+    def test_who_reads_pixels_of_a_later_turn_since_when(self, family, monkeypatch):
+        since = adapter_for(tiny(family).model).later_pixels_since
+        assert since == ("" if family in ("llava", "paligemma") else "5.23")
+        older = {}
+        for version in ("5.9.0", "5.22.2", "5.23.0", "5.100.0"):
+            monkeypatch.setattr(contract, "installed", lambda version=version: version)
+            older[version] = contract.is_older(since)
+        refused = bool(since)
+        assert older == {"5.9.0": refused, "5.22.2": refused, "5.23.0": False, "5.100.0": False}
 
     def test_pixels_of_a_later_turn_on_an_older_host(self, monkeypatch):
         one = tiny("gemma3")

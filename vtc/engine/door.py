@@ -19,7 +19,7 @@ from vtc.engine.forward import FORWARD, NO_OUTER, OUTER, Forward, LayerState, Ou
 from vtc.engine.host import cache as host
 from vtc.engine.host import contract, masks, names
 from vtc.engine.host.override import Undo
-from vtc.engine.memory import Held, Memory, check_cache, memory_of, remember
+from vtc.engine.memory import READING, Held, Memory, check_cache, memory_of, remember
 from vtc.engine.plan import Plan, Step
 from vtc.engine.state import ATTRIBUTE, Encoded, run_step, stopwatch
 from vtc.engine.visual import Visual
@@ -119,6 +119,7 @@ def _cut_outer_mask(
     state.mask = mask
     tokens = given[names.INPUTS_EMBEDS] if state.input_ids is None else state.input_ids
     memory = memory_of(cache, plan, tokens.shape[0]) if cache is not None else None
+    READING.set(memory)
     if memory is None:
         return kwargs
     dense = host.held_length(cache, plan.reference) - memory.entries
@@ -158,6 +159,7 @@ def _clear() -> None:
     state = FORWARD.get()
     if state is not None and state.token is not None:
         FORWARD.reset(state.token)
+    READING.set(None)
 
 
 def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -168,11 +170,13 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
         return None
     if embeds is None:
         raise StateError(f"{type(module).__name__} was called without {names.INPUTS_EMBEDS!r}. {REPORT_IT}")
-    state.names_cache, cache = names.find_cache(module, kwargs)
+    word, cache = names.find_cache(module, kwargs)
+    state.names_cache = bool(word)
     state.batch, state.length = embeds.shape[:2]
     state.device = embeds.device
     state.cache = cache
     state.memory = memory_of(cache, plan, state.batch) if cache is not None else None
+    READING.set(state.memory)
     if not state.encoded:
         _check_placeholders(adapter, state)
     if not state.encoded and state.memory is None:
@@ -294,7 +298,8 @@ def _check_positions(state: Forward, positions: Tensor | None) -> None:
     if positions is not None and positions.shape[-1] != state.length:
         raise StateError(
             f"the language model got positions for {positions.shape[-1]} tokens and embeddings of {state.length}. "
-            "Pass position_ids of the new tokens, or leave them out."
+            "Positions come from position_ids, or, where the model counts them itself (Qwen-VL), from attention_mask: "
+            "pass those of the new tokens, or leave them out."
         )
 
 

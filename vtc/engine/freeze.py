@@ -50,10 +50,11 @@ def enter(
         keys = rotate(keys, take(cos, frozen), take(sin, frozen)).to(values.dtype)
         order = torch.cat([frozen, live], dim=1)
         layer, mask = adapter.layers[index], kwargs.get(names.ATTENTION_MASK)
+        word, cache = names.find_cache(layer, kwargs)
         cut: dict[str, Any] = {
             names.POSITION_EMBEDDINGS: (take(cos, live), take(sin, live)),
             names.ATTENTION_MASK: _mask(adapter, state, index, mask, live, order, hidden.dtype),
-            **names.cache_argument(layer, Prepended(names.find_cache(layer, kwargs)[1], keys, values)),
+            word or names.cache_words(layer)[0]: Prepended(cache, keys, values),
         }
         if kwargs.get(names.POSITION_IDS) is not None:
             cut[names.POSITION_IDS] = take(kwargs[names.POSITION_IDS], live, dim=-1)

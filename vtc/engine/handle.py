@@ -16,7 +16,6 @@ from vtc.engine.forward import Forward, is_cut
 from vtc.engine.host import flash
 from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.host.override import Undo
-from vtc.engine.memory import INSTALLED
 from vtc.engine.plan import Plan, make_plan
 from vtc.engine.state import PATCHED_ENCODERS
 from vtc.errors import StateError, UnsupportedModelError
@@ -171,11 +170,9 @@ class Handle:
             self._uninstall()
             raise
         _ACTIVE[model] = self
-        INSTALLED.add(self._plan)
 
     def _uninstall(self) -> None:
         self._undo.take_off()
-        INSTALLED.discard(self._plan)
         model = self._model()
         if model is not None and _ACTIVE.get(model) is self:
             del _ACTIVE[model]

@@ -73,7 +73,7 @@ def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, ar
     state = FORWARD.get()
     if state is None or (state.visual is None and state.memory is None):
         return None
-    hidden = args[0]
+    hidden = names.hidden_argument(args, kwargs)
     if state.parked is not None and state.parked.until == index:
         hidden = state.restore(hidden)
         _note_lengths(state, index)
@@ -87,7 +87,7 @@ def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, ar
     for step in steps:
         if step.stage.leave == "freeze":
             hidden, cut = freeze.enter(adapter, step, index, state, hidden, cut)
-    return (hidden, *args[1:]), cut
+    return names.with_hidden_argument(args, cut, hidden)
 
 
 def _run_halves(

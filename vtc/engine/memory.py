@@ -4,7 +4,7 @@ Host code sees the *logical* length, as if nothing had been dropped: positions, 
 on unchanged. Masks are sized by what each layer really holds.
 """
 
-import weakref
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,6 @@ from vtc.engine.host import cache as host
 from vtc.engine.plan import Plan
 from vtc.engine.state import ATTRIBUTE
 from vtc.errors import StateError, UnsupportedFeatureError
-
-#: plans that are at work on some model
-INSTALLED: "weakref.WeakSet[Plan]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +78,10 @@ class Memory:
         return None if bias is None else torch.nn.functional.pad(bias, (0, dense))
 
 
+#: the memory that the running forward of a patched model follows
+READING: ContextVar[Memory | None] = ContextVar("vtc_reading", default=None)
+
+
 def memory_of(cache: Any, plan: Plan, batch: int) -> Memory | None:
     """The memory of `cache`, or None for a cache that holds everything.
 
@@ -92,8 +93,8 @@ def memory_of(cache: Any, plan: Plan, batch: int) -> Memory | None:
         return None
     if memory.plan is not plan:
         raise StateError(
-            "this KV cache was compressed under another patch. Continue under the patch that made it, "
-            "or start with a new cache."
+            "this KV cache was compressed under another patch (or was pickled, which cuts its tie to the patch). "
+            "Continue under the patch that made it, or start with a new cache."
         )
     made_for = memory.reference.column.shape[0]
     if made_for != batch:
@@ -108,7 +109,15 @@ def remember(cache: Any, memory: Memory) -> None:
     """Attach `memory` to `cache` and let the cache report logical lengths."""
     setattr(cache, ATTRIBUTE, memory)
     # one width for every mask, that of the reference layer, whichever layer the host sizes it by
-    host.answer(cache, length=_logical_length, offset=_reference_length, mask_sizes=_mask_sizes, crop=_crop)
+    host.answer(
+        cache,
+        length=_logical_length,
+        offset=_reference_length,
+        mask_sizes=_mask_sizes,
+        crop=_crop,
+        select=_select,
+        reset=_forget,
+    )
 
 
 def check_cache(cache: Any) -> None:
@@ -132,13 +141,13 @@ def _mask_sizes(cache: Any, query_length: int, layer_idx: int = 0) -> tuple[int,
     """What the host asks at every call: the place to notice that no hook of ours will cut what it makes.
 
     Raises:
-        StateError: the patch that made the cache was taken off.
+        StateError: the call does not go through the patched model.
     """
-    memory: Memory = getattr(cache, ATTRIBUTE)
-    if memory.plan not in INSTALLED:
+    if READING.get() is not getattr(cache, ATTRIBUTE):
         raise StateError(
-            "this KV cache was compressed under a patch that was taken off, and the unpatched model would read its "
-            "entries at wrong places. Continue under the patch (inside the `with` block), or prefill again."
+            "this KV cache is compressed, and the model that reads it is not the one whose patch made it (a patch that "
+            "was taken off, a copy, or a language model called by itself), so it would read entries at wrong places. "
+            "Continue with the patched model (inside the `with` block), or prefill again."
         )
     return _reference_length(cache) + query_length, 0
 
@@ -171,6 +180,29 @@ def _crop(cache: Any, length: int | Tensor) -> None:
                 )
         setattr(cache, ATTRIBUTE, _cropped(memory, surplus))
     host.crop(cache, max(0, whole - left))
+
+
+def _select(cache: Any, samples: Int[Tensor, " J"]) -> None:
+    """The memory of other samples, or of the same in another order."""
+    memory: Memory = getattr(cache, ATTRIBUTE)
+    made: dict[int, Held] = {}
+    for held in memory.layers:
+        if id(held) not in made:
+            place, shift, bias = (_rows(part, samples) for part in (held.place, held.shift, held.bias))
+            column = held.column[samples.to(held.column.device)]
+            made[id(held)] = replace(held, column=column, place=place, shift=shift, bias=bias)
+    layers = tuple(made[id(held)] for held in memory.layers)
+    setattr(cache, ATTRIBUTE, replace(memory, layers=layers, shift=_rows(memory.shift, samples)))
+
+
+def _rows(part: Tensor | None, samples: Tensor) -> Tensor | None:
+    return None if part is None else part[samples.to(part.device)]
+
+
+def _forget(cache: Any) -> None:
+    """An emptied cache is a new one."""
+    delattr(cache, ATTRIBUTE)
+    host.forget(cache)
 
 
 def _cropped(memory: Memory, surplus: int) -> Memory:

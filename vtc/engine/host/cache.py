@@ -71,12 +71,18 @@ def crop(cache: Any, count: int) -> None:
     type(cache).crop(cache, -count)
 
 
+#: methods by which a host leaves a cache some of its samples, in some order
+_SELECTING = ("reorder_cache", "batch_select_indices")
+
+
 def answer(
     cache: Any,
     length: Callable[..., int],
     offset: Callable[..., int],
     mask_sizes: Callable[..., tuple[int, int]],
     crop: Callable[..., None],
+    select: Callable[[Any, Tensor], None],
+    reset: Callable[[Any], None],
 ) -> None:
     """Let `cache` answer its host by these functions, which get the cache first.
 
@@ -89,11 +95,32 @@ def answer(
         offset: (cache, layer_idx=0) -> place of the next query among the keys.
         mask_sizes: (cache, query_length, layer_idx=0) -> width of a mask, and of which key its first column is.
         crop: (cache, n) -> None, by the tokens that the host thinks it holds.
+        select: (cache, samples [J]) -> None, called when the host leaves the cache these samples, in this order.
+        reset: (cache) -> None, called before the host empties the cache.
     """
     cache.get_seq_length = functools.partial(length, cache)
     cache.get_query_offset = functools.partial(offset, cache)
     cache.get_mask_sizes = functools.partial(mask_sizes, cache)
     cache.crop = functools.partial(crop, cache)
+    for name in _SELECTING:
+        setattr(cache, name, functools.partial(_select_samples, cache, name, select))
+    cache.reset = functools.partial(_reset, cache, reset)
+
+
+def forget(cache: Any) -> None:
+    """Let `cache` answer by its class again."""
+    for name in (*ASKED, "crop", *_SELECTING, "reset"):
+        vars(cache).pop(name, None)
+
+
+def _select_samples(cache: Any, name: str, select: Callable[[Any, Tensor], None], samples: Tensor) -> None:
+    select(cache, samples)
+    getattr(type(cache), name)(cache, samples)
+
+
+def _reset(cache: Any, reset: Callable[[Any], None]) -> None:
+    reset(cache)
+    type(cache).reset(cache)
 
 
 class Prepended:

@@ -24,10 +24,11 @@ from vtc.errors import UnsupportedModelError
 #: the tested versions of transformers: from the first on, below the second; pyproject.toml has the same
 TESTED = ("5.19", "5.25")
 
-#: set to 1 to patch models on a version outside the range, once `vtc doctor --self-check` has passed there
+#: set to 1 to patch models on a version outside the range, once `vtc doctor --self-check` has passed there; the words
+#: are checked all the same
 SWITCH = "VTC_UNTESTED_HOST"
 
-_UNCHECKED: ContextVar[bool] = ContextVar("vtc_unchecked_host", default=False)
+_UNTESTED: ContextVar[bool] = ContextVar("vtc_untested_host", default=False)
 
 #: what each part must take; the KV cache, whose word changes, comes on top
 WORDS = {
@@ -45,15 +46,16 @@ def check(adapter: Adapter) -> None:
     Raises:
         UnsupportedModelError: a version outside the tested range, or a word or member that is missing, named.
     """
-    if is_off():
-        return
     check_version()
     _check_cache()
     for role, module in _parts(adapter):
         more = (*WORDS[role], *adapter.words.get(role, ()))
         if role == "outer model" and module is adapter.inner:
             continue  # a model without LM head; the inner model's words are what counts
-        _check_words(names.parameters(module), type(module).__name__, role, more)
+        known = names.parameters(module)
+        if known:
+            cls: Any = type(module)
+            _check_words(known, cls, role, more)
     for encoder in adapter.encoders:
         if not callable(getattr(adapter.inner, encoder.method, None)):
             raise _refused(f"{type(adapter.inner).__name__} has no method {encoder.method!r}")
@@ -65,7 +67,7 @@ def check_version() -> None:
     Raises:
         UnsupportedModelError: it says which are, and how to go on with this one.
     """
-    if not is_off() and not is_tested(installed()):
+    if not is_untested_allowed() and not is_tested(installed()):
         raise UnsupportedModelError(
             f"transformers {installed()} is outside the tested range {tested_range()}: a change of its "
             f"internals would make answers silently wrong. Install a tested one: pip install 'transformers"
@@ -81,19 +83,19 @@ def installed() -> str:
     return transformers.__version__
 
 
-def is_off() -> bool:
-    """Whether the user, or `unchecked`, took the checks off; the guards while running stay."""
-    return _UNCHECKED.get() or os.environ.get(SWITCH, "") not in ("", "0")
+def is_untested_allowed() -> bool:
+    """Whether the user, or `untested`, takes any version; the words are checked all the same."""
+    return _UNTESTED.get() or os.environ.get(SWITCH, "") not in ("", "0")
 
 
 @contextlib.contextmanager
-def unchecked() -> Iterator[None]:
-    """Patch without the checks inside the block: how the self check tries a version that nobody tested."""
-    token = _UNCHECKED.set(True)
+def untested() -> Iterator[None]:
+    """Patch on any version inside the block: how the self check tries one that nobody tested."""
+    token = _UNTESTED.set(True)
     try:
         yield
     finally:
-        _UNCHECKED.reset(token)
+        _UNTESTED.reset(token)
 
 
 def tested_range() -> str:
@@ -130,16 +132,19 @@ def _parts(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
 
 
 @functools.cache
-def _check_words(known: tuple[str, ...], owner: str, role: str, words: tuple[str, ...]) -> None:
+def _check_words(known: tuple[str, ...], owner: Any, role: str, words: tuple[str, ...]) -> None:
     missing = [repr(word) for word in words if word not in known]
     if not any(word in known for word in names.CACHE_WORDS):
-        missing.append(f"a KV cache ({' or '.join(map(repr, names.CACHE_WORDS))})")
+        missing.append(f"KV cache ({' or '.join(map(repr, names.CACHE_WORDS))})")
     if missing:
         expected = {*words, *names.CACHE_WORDS}
         others = [repr(name) for name in known if name not in expected]
         raise _refused(
-            f"{owner}.forward ({role}) takes no {', no '.join(missing)}; beside the words that vtc knows it takes "
-            f"{', '.join(others) or 'nothing'}"
+            f"{owner.__name__}.forward ({role}) takes no {', no '.join(missing)}; beside the words that vtc knows it "
+            f"takes {', '.join(others) or 'nothing'}",
+            ""
+            if owner.__module__.startswith("transformers.")
+            else f"{owner.__name__} is no class of transformers: let its forward take them, or hand on **kwargs alone.",
         )
 
 
@@ -158,8 +163,8 @@ def _check_cache() -> None:
             raise _refused(f"DynamicCache.{name} takes ({', '.join(known)}), not ({', '.join(parameters)})")
 
 
-def _refused(what: str) -> UnsupportedModelError:
+def _refused(what: str, how: str = "") -> UnsupportedModelError:
+    how = how or f"It was tested with transformers{tested_range()}: install one of these, or a newer vtc."
     return UnsupportedModelError(
-        f"transformers {installed()}: {what}. vtc would compress this model wrongly, so it does not. It was "
-        f"tested with transformers{tested_range()}: install one of these, or a newer vtc."
+        f"transformers {installed()}: {what}. vtc would compress this model wrongly, so it does not. {how}"
     )

@@ -6,6 +6,7 @@ these words, so a rename that nobody made here is refused before it can be decod
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,21 +39,23 @@ CHECKPOINTING = "gradient_checkpointing"
 
 
 def parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of the forward of `module`, in order."""
-    return tuple(_signature_of(module).parameters)
+    """Names of the parameters of the forward of `module`, in order; empty where it takes whatever it is given."""
+    return tuple(name for name, one in _signature_of(module).parameters.items() if one.kind not in _REST)
 
 
 def cache_words(module: nn.Module) -> tuple[str, ...]:
     """The words by which the forward of `module` takes a KV cache, its own first; empty: by none that we know."""
     known = parameters(module)
+    if not known:  # a wrapper that hands on whatever it gets: what counts is how it is called
+        return CACHE_WORDS
     own = next((i for i, word in enumerate(CACHE_WORDS) if word in known), len(CACHE_WORDS))
     return CACHE_WORDS[own:]
 
 
-def find_cache(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[bool, Any]:
-    """Whether a call of `module` with `arguments` names a KV cache (None counts), and the cache."""
-    word = next((word for word in cache_words(module) if word in arguments), None)
-    return (False, None) if word is None else (True, arguments[word])
+def find_cache(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """The word by which a call of `module` with `arguments` names a KV cache (None counts; "": none), and the cache."""
+    word = next((word for word in cache_words(module) if word in arguments), "")
+    return word, arguments.get(word)
 
 
 def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
@@ -137,16 +140,28 @@ def _signature_of(module: nn.Module) -> inspect.Signature:
     return _signature(cls, cls.forward)
 
 
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 @functools.cache
 def _signature(cls: type, forward: Callable[..., Any]) -> inspect.Signature:
     """The signature of the forward of `cls`, without self.
 
-    A subclass whose forward hands on *args takes what the class that it extends takes.
+    A subclass whose forward has nothing but **kwargs beside parameters of the class that it extends takes what that
+    class takes. One with a parameter of its own is taken at its word: it may be a renamed one.
     """
-    for base in cls.__mro__:
-        if "forward" in vars(base):
-            signature = inspect.signature(vars(base)["forward"])
-            own = list(signature.parameters.values())[1:]
-            if all(one.kind is not one.VAR_POSITIONAL for one in own):
-                return signature.replace(parameters=own)
-    return inspect.Signature()
+    signatures = [
+        list(inspect.signature(vars(base)["forward"]).parameters.values())[1:]
+        for base in cls.__mro__
+        if "forward" in vars(base) and base is not nn.Module
+    ]
+    for own, extended in itertools.zip_longest(signatures, signatures[1:], fillvalue=()):
+        named = {one.name for one in own if one.kind not in _REST}
+        hands_on = any(one.kind is one.VAR_KEYWORD for one in own)
+        if not (hands_on and (extended or not named) and named <= {one.name for one in extended}):
+            return inspect.Signature(own)
+    return inspect.signature(_anything)
+
+
+def _anything(*args: Any, **kwargs: Any) -> None:
+    """What a wrapper takes that hands on whatever it gets."""
