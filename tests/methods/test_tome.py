@@ -9,6 +9,7 @@ import vtc
 from vtc.adapter import adapter_for
 from vtc.adapters._vit import halves, tower_attention
 from vtc.engine import tower
+from vtc.engine.host.override import Undo
 from vtc.engine.plan import Step, make_plan
 from vtc.primitives import even_pace, linear_counts, linear_pace
 from vtc.testing import tiny
@@ -88,7 +89,7 @@ def test_golden_blocks(case):
     passage = tower.Passage(
         steps, 1, length, (length,) * len(x), None, scheduled(length), [*range(len(x))], x.device, implementation="sdpa"
     )
-    undo, found, sizes = [], [], []
+    undo, found, sizes = Undo(), [], []
     for block in encoder.layers:
         block.register_forward_hook(lambda module, args, output: found.append(output))
         block.register_forward_hook(lambda module, args, output: sizes.append(passage.token_map.sizes()))
@@ -103,8 +104,7 @@ def test_golden_blocks(case):
     member = case[f"block{i}_source"].long().argmax(dim=1)  # the group of each token
     wanted = case[f"block{i}_out"].gather(1, member[..., None].expand_as(x))
     torch.testing.assert_close(expanded, wanted, atol=2e-5, rtol=1e-4)
-    while undo:
-        undo.pop()()
+    undo.take_off()
     assert all("forward" not in vars(module) for module in encoder.modules())
 
 

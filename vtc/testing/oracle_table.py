@@ -16,7 +16,7 @@ from vtc.testing.oracle import masked_logits, relative_difference, visible_colum
 from vtc.testing.tiny import MIXED_PROMPTS, PROMPTS, VIDEO_PROMPTS, Prompt, TinyModel, families, tiny
 
 #: the largest relative difference in fp32 that counts as equal (ours are near 1e-6)
-LIMIT = 1e-5
+LIMIT = 1e-4
 
 #: one selection for every place where tokens leave; layer 3 is behind the DeepStack layers of the tiny Qwen3-VL
 SPECS = (

@@ -14,8 +14,11 @@ import torch
 
 from vtc.engine.host import contract
 from vtc.errors import UnsupportedModelError
-from vtc.testing.oracle_table import LIMIT, decoded_difference, prefill_difference, second_turn_difference
+from vtc.testing.oracle_table import decoded_difference, prefill_difference, second_turn_difference
 from vtc.testing.tiny import PROMPTS, TinyModel, families, tiny
+
+#: the largest relative difference in fp32 that passes (ours are near 1e-6)
+LIMIT = 1e-5
 
 DOOR, TOWER, LAYER = "random:5", "fastervlm:6(score=received)", "fastv@3:4"
 
