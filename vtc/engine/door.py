@@ -170,8 +170,7 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
         return None
     if embeds is None:
         raise StateError(f"{type(module).__name__} was called without {names.INPUTS_EMBEDS!r}. {REPORT_IT}")
-    word, cache = names.find_cache(module, kwargs)
-    state.names_cache = bool(word)
+    _, cache = names.find_cache(module, kwargs)
     state.batch, state.length = embeds.shape[:2]
     state.device = embeds.device
     state.cache = cache
@@ -450,7 +449,9 @@ def _restore(
 ) -> Any:
     """Hook of the language model: full-length hidden states, and the cache's memory."""
     state = FORWARD.get()
-    if state is not None and not state.names_cache and (state.visual is not None or names.cache_of(output) is not None):
+    word, given = names.find_cache(module, kwargs)
+    cache = names.cache_of(output)
+    if state is not None and not word and (state.visual is not None or cache is not None):
         raise StateError(
             f"{type(module).__name__} was called without a KV cache by a word that vtc knows "
             f"({' or '.join(names.CACHE_WORDS)}), so what was dropped could not be noted on it and every later token "
@@ -461,9 +462,7 @@ def _restore(
     record(state)
     if state.unmerging is not None:
         return unmerge.restore(output)
-    cache = names.cache_of(output)
-    if cache is None:
-        _, cache = names.find_cache(module, kwargs)
+    cache = given if cache is None else cache
     # frozen and parked tokens change what single layers hold, though every row is back here
     shortened = state.column is not None or any(seen.column is not None for seen in state.layer_state.values())
     shortened = shortened or (plan.size_bias and not state.visual.token_map.is_selection)

@@ -67,7 +67,6 @@ class Forward:
     length: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     cache: Any = None
-    names_cache: bool = True  # whether the language model was called with a KV cache (or None) by a word that we know
     memory: Memory | None = None
     past: int = 0  # logical columns before this call
     dense: int = 0  # of those, tokens that follow the memory's compressed part
@@ -177,10 +176,10 @@ class Forward:
 FORWARD: ContextVar[Forward | None] = ContextVar("vtc_forward", default=None)
 
 
-def is_cut() -> bool:
-    """Whether the running forward has other rows or entries than its host thinks."""
+def cut_forward() -> Forward | None:
+    """The running forward, where it may have other rows or entries than its host thinks."""
     state = FORWARD.get()
-    return state is not None and (state.visual is not None or state.memory is not None)
+    return None if state is None or (state.visual is None and state.memory is None) else state
 
 
 class Outer(NamedTuple):

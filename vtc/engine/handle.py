@@ -12,7 +12,7 @@ from vtc.companion import ClipCompanion
 from vtc.engine import door, encoder, layers
 from vtc.engine import unmerge as unmerging
 from vtc.engine.evict import held_after_prefill
-from vtc.engine.forward import Forward, is_cut
+from vtc.engine.forward import Forward, cut_forward
 from vtc.engine.host import flash
 from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.host.override import Undo
@@ -162,7 +162,7 @@ class Handle:
         try:
             encoder.attach(self._adapter, self._plan, self._undo)
             layers.attach(self._adapter, self._plan, self._undo)
-            flash.attach(self._adapter, is_cut, self._undo)
+            flash.attach(self._adapter, cut_forward, self._undo)
             if self._plan.unmerge:
                 unmerging.attach(self._adapter, self._undo)
             door.attach(self._adapter, self._plan, self._record, self._undo)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vtc.adapter import Adapter
 from vtc.engine import freeze, layer_signals, size_bias
 from vtc.engine.door import REPORT_IT, apply_step
-from vtc.engine.forward import FORWARD, Forward, LayerState, is_cut, lookup, take
+from vtc.engine.forward import FORWARD, Forward, LayerState, cut_forward, lookup, take
 from vtc.engine.halves import silence, silenced
 from vtc.engine.host import masks, names
 from vtc.engine.host.override import Undo
@@ -51,8 +51,8 @@ def _check_handed_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> No
     Raises:
         StateError: it gets something else.
     """
-    state = FORWARD.get()
-    if state is None or not is_cut():
+    state = cut_forward()
+    if state is None:
         return
     found, cache = names.find_cache(module, kwargs)
     if state.cache is not None and (not found or cache is not state.cache):
@@ -70,8 +70,8 @@ def _check_handed_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> No
 
 def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Pre-hook of decoder layer `index`."""
-    state = FORWARD.get()
-    if state is None or (state.visual is None and state.memory is None):
+    state = cut_forward()
+    if state is None:
         return None
     hidden = names.hidden_argument(args, kwargs)
     if state.parked is not None and state.parked.until == index:

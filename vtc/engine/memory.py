@@ -4,6 +4,7 @@ Host code sees the *logical* length, as if nothing had been dropped: positions, 
 on unchanged. Masks are sized by what each layer really holds.
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -185,14 +186,13 @@ def _crop(cache: Any, length: int | Tensor) -> None:
 def _select(cache: Any, samples: Int[Tensor, " J"]) -> None:
     """The memory of other samples, or of the same in another order."""
     memory: Memory = getattr(cache, ATTRIBUTE)
-    made: dict[int, Held] = {}
-    for held in memory.layers:
-        if id(held) not in made:
-            place, shift, bias = (_rows(part, samples) for part in (held.place, held.shift, held.bias))
-            column = held.column[samples.to(held.column.device)]
-            made[id(held)] = replace(held, column=column, place=place, shift=shift, bias=bias)
-    layers = tuple(made[id(held)] for held in memory.layers)
-    setattr(cache, ATTRIBUTE, replace(memory, layers=layers, shift=_rows(memory.shift, samples)))
+
+    def chosen(held: Held) -> Held:
+        place, shift, bias = (_rows(part, samples) for part in (held.place, held.shift, held.bias))
+        return replace(held, column=held.column[samples.to(held.column.device)], place=place, shift=shift, bias=bias)
+
+    changed = replace(memory, layers=_each(memory.layers, chosen), shift=_rows(memory.shift, samples))
+    setattr(cache, ATTRIBUTE, changed)
 
 
 def _rows(part: Tensor | None, samples: Tensor) -> Tensor | None:
@@ -207,13 +207,18 @@ def _forget(cache: Any) -> None:
 
 def _cropped(memory: Memory, surplus: int) -> Memory:
     """`memory` without the last `surplus` columns, which every layer holds."""
-    made: dict[int, Held] = {}
-    for held in memory.layers:
-        if id(held) not in made:
-            place, bias = (None if part is None else part[:, :-surplus] for part in (held.place, held.bias))
-            made[id(held)] = replace(held, column=held.column[:, :-surplus], place=place, bias=bias)
-    layers = tuple(made[id(held)] for held in memory.layers)
-    return replace(memory, length=memory.length - surplus, layers=layers)
+
+    def shorter(held: Held) -> Held:
+        place, bias = (None if part is None else part[:, :-surplus] for part in (held.place, held.bias))
+        return replace(held, column=held.column[:, :-surplus], place=place, bias=bias)
+
+    return replace(memory, length=memory.length - surplus, layers=_each(memory.layers, shorter))
+
+
+def _each(layers: tuple[Held, ...], change: Callable[[Held], Held]) -> tuple[Held, ...]:
+    """`change` of every layer; those that share their entries go on sharing them."""
+    made = {id(held): change(held) for held in {id(held): held for held in layers}.values()}
+    return tuple(made[id(held)] for held in layers)
 
 
 def _extend(column: Int[Tensor, "B K"], start: int, count: int) -> Int[Tensor, "B J"]:

@@ -5,7 +5,6 @@ let go when the block is done unless a stage reads it as it is.
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -176,7 +175,7 @@ def _record(encoder: Encoder, name: str) -> Callable[[nn.Module, Any, Any], None
 def _record_arguments(encoder: Encoder, block: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     state = state_of(encoder)
     if state is not None:
-        state.blocks[block] = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        state.blocks[block] = names.arguments_of(module, args, kwargs)
 
 
 def _finish_block(encoder: Encoder, block: int, kept: set[str], module: nn.Module, args: Any, output: Any) -> None:

@@ -8,15 +8,21 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-#: members of the cache that vtc reads, calls or answers for
-MEMBERS = ("layers", "update", "get_seq_length", "get_query_offset", "get_mask_sizes", "crop", "is_compileable")
-
-#: methods for which vtc answers, with the arguments that its answers take
+#: what hosts ask a cache, with the arguments that our answers take
 ASKED = {
     "get_seq_length": ("layer_idx",),
     "get_query_offset": ("layer_idx",),
     "get_mask_sizes": ("query_length", "layer_idx"),
 }
+
+#: methods by which a host leaves a cache some of its samples, in some order
+SELECTING = ("reorder_cache", "batch_select_indices")
+
+#: methods that vtc answers for
+ANSWERED = (*ASKED, "crop", *SELECTING, "reset")
+
+#: members of the cache that vtc reads, calls or answers for
+MEMBERS = ("layers", "update", "is_compileable", *ANSWERED)
 
 #: members of one of its layers
 LAYER_MEMBERS = ("keys", "values", "update", "get_seq_length")
@@ -71,10 +77,6 @@ def crop(cache: Any, count: int) -> None:
     type(cache).crop(cache, -count)
 
 
-#: methods by which a host leaves a cache some of its samples, in some order
-_SELECTING = ("reorder_cache", "batch_select_indices")
-
-
 def answer(
     cache: Any,
     length: Callable[..., int],
@@ -102,14 +104,14 @@ def answer(
     cache.get_query_offset = functools.partial(offset, cache)
     cache.get_mask_sizes = functools.partial(mask_sizes, cache)
     cache.crop = functools.partial(crop, cache)
-    for name in _SELECTING:
+    for name in SELECTING:
         setattr(cache, name, functools.partial(_select_samples, cache, name, select))
     cache.reset = functools.partial(_reset, cache, reset)
 
 
 def forget(cache: Any) -> None:
     """Let `cache` answer by its class again."""
-    for name in (*ASKED, "crop", *_SELECTING, "reset"):
+    for name in ANSWERED:
         vars(cache).pop(name, None)
 
 

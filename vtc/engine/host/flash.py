@@ -17,16 +17,16 @@ from vtc.engine.host.override import Undo
 from vtc.errors import StateError
 
 
-def attach(adapter: Adapter, is_cut: Callable[[], bool], undo: Undo) -> None:
+def attach(adapter: Adapter, cut_forward: Callable[[], object | None], undo: Undo) -> None:
     """Hook every decoder layer of a model with flash attention; what takes the hooks off again goes to `undo`.
 
-    `is_cut` says whether the running forward has other rows or entries than the host thinks.
+    `cut_forward` gives the running forward where it may have other rows or entries than the host thinks.
     """
     flash = is_flash(adapter)
     undo.before(adapter.language_model, functools.partial(_check_unchanged, adapter, flash))
     if flash:
         for layer in adapter.layers:
-            undo.before(layer, functools.partial(_without_positions, is_cut), with_kwargs=True)
+            undo.before(layer, functools.partial(_without_positions, cut_forward), with_kwargs=True)
 
 
 def is_flash(adapter: Adapter) -> bool:
@@ -42,5 +42,7 @@ def _check_unchanged(adapter: Adapter, flash: bool, module: nn.Module, args: Any
         )
 
 
-def _without_positions(is_cut: Callable[[], bool], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    return (args, {**kwargs, names.POSITION_IDS: None}) if is_cut() else None
+def _without_positions(
+    cut_forward: Callable[[], object | None], module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    return None if cut_forward() is None else (args, {**kwargs, names.POSITION_IDS: None})

@@ -40,7 +40,8 @@ CHECKPOINTING = "gradient_checkpointing"
 
 def parameters(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of the forward of `module`, in order; empty where it takes whatever it is given."""
-    return tuple(name for name, one in _signature_of(module).parameters.items() if one.kind not in _REST)
+    cls: Any = type(module)
+    return _parameters(cls, cls.forward)
 
 
 def cache_words(module: nn.Module) -> tuple[str, ...]:
@@ -125,7 +126,7 @@ def with_first(output: Any, hidden: Any) -> Any:
 def with_last_hidden(output: Any, hidden: Any) -> Any:
     """What a language model returned, with other hidden states behind its last layer."""
     if isinstance(output, tuple):
-        return (hidden, *output[1:])
+        return with_first(output, hidden)
     setattr(output, LAST_HIDDEN, hidden)
     return output
 
@@ -141,6 +142,11 @@ def _signature_of(module: nn.Module) -> inspect.Signature:
 
 
 _REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@functools.cache
+def _parameters(cls: type, forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(name for name, one in _signature(cls, forward).parameters.items() if one.kind not in _REST)
 
 
 @functools.cache
