@@ -118,9 +118,9 @@ class TestOracle:
 
     def test_a_wrong_model_is_found(self, monkeypatch):
         """An engine that keeps one column too few differs by far more than the limit."""
-        compact = vtc.engine.forward.compact_columns
+        compact = vtc.engine.llm.forward.compact_columns
         monkeypatch.setattr(
-            vtc.engine.forward, "compact_columns", lambda keep, counts: compact(keep, counts).roll(1, 1)
+            vtc.engine.llm.forward, "compact_columns", lambda keep, counts: compact(keep, counts).roll(1, 1)
         )
         worst = worst_difference("llava", specs=SPECS[:1], attention=("sdpa",))
         assert worst.difference > 100 * LIMIT

@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 import vtc.eval.cli  # noqa: F401 (adds `vtc doctor`)
 from vtc.cli import app
-from vtc.engine import door, layers, memory
 from vtc.engine.host import contract
+from vtc.engine.llm import door, layers
+from vtc.engine.llm import held as memory
 from vtc.errors import UnsupportedModelError
 from vtc.testing import self_check
 from vtc.testing.self_check import CASES

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtc import Budget, Layout, Tokens
-from vtc.engine.visual import budgets
+from vtc.engine.llm.visual import budgets
 from vtc.errors import BudgetError, InputError, SignalUnavailableError
 
 

@@ -11,7 +11,7 @@ from vtc import errors
 from vtc.adapter import adapter_for
 from vtc.engine.host import names
 from vtc.engine.plan import CAPTURED, source_layer
-from vtc.engine.tower_signals import MADE_OF
+from vtc.engine.vision.signals import MADE_OF
 from vtc.primitives import topk_keep
 from vtc.stages import SIGNALS, Method, Signal, Site, Stage
 from vtc.testing import families, tiny, visible_columns

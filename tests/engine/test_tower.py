@@ -8,8 +8,8 @@ import torch
 
 import vtc
 from vtc.adapter import adapter_for
-from vtc.engine import tower
 from vtc.engine.host import names
+from vtc.engine.vision import passage as tower
 from vtc.testing import masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS, VIDEO_PROMPTS
 from vtc.tokenmap import TokenMap
@@ -154,7 +154,7 @@ class Recorded:
             self.embedded = args[0] if args else kwargs["hidden_states"]
 
         def left(module, args, output):
-            self.states, self.passage = output, vtc.engine.state.ENCODE.get().passage
+            self.states, self.passage = output, vtc.engine.decide.ENCODE.get().passage
 
         monkeypatch.setattr(tower, "run_step", spy)
         hooks = [self.encoder.blocks[0].register_forward_pre_hook(embedded, with_kwargs=True)]

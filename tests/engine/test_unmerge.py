@@ -105,7 +105,7 @@ def test_golden_attention(case):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaAttention
 
-    from vtc.engine.unmerge import Unmerging
+    from vtc.engine.llm.unmerge import Unmerging
 
     mapping = case["mapping"].long()[None]
     rows = case["x_un"].shape[1]

@@ -8,7 +8,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLa
 
 import vtc
 from vtc.engine.host.masks import causal
-from vtc.engine.size_bias import added
+from vtc.engine.llm.sizes import added
 from vtc.primitives import slot_of
 from vtc.testing.golden import golden_cases
 

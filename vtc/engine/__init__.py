@@ -7,7 +7,7 @@ input), `tower` and `tower_groups` (inside the vision tower), `standalone`
 cache knows). What is known of transformers itself, and checked at the patch, is in `host`.
 """
 
-from vtc.engine.handle import Handle, compress, patch
-from vtc.engine.standalone import EncoderHandle, compress_encoder, patch_encoder
+from vtc.engine.patch import Handle, compress, patch
+from vtc.engine.vision.alone import EncoderHandle, compress_encoder, patch_encoder
 
 __all__ = ["EncoderHandle", "Handle", "compress", "compress_encoder", "patch", "patch_encoder"]

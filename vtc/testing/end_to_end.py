@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vtc.engine import Handle
+from vtc.engine.decide import ATTRIBUTE, Encoded
 from vtc.engine.host import names
-from vtc.engine.state import ATTRIBUTE, Encoded
 from vtc.testing.golden import GoldenCase
 
 PLACEHOLDER = 199

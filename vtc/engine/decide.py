@@ -57,7 +57,7 @@ class EncodeState:
     seconds: float = 0.0
 
 
-#: the spec of each encoder that is patched by itself (`vtc.engine.standalone`), by its tower
+#: the spec of each encoder that is patched by itself (`vtc.engine.vision.alone`), by its tower
 PATCHED_ENCODERS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
 ENCODE: ContextVar[EncodeState | None] = ContextVar("vtc_encode", default=None)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from vtc.engine.forward import Forward, LayerState, inverse_columns, lookup
 from vtc.engine.host import cache as host
-from vtc.engine.memory import Held, Memory
+from vtc.engine.llm.forward import Forward, LayerState, inverse_columns, lookup
+from vtc.engine.llm.held import Held, Memory
 from vtc.engine.plan import Plan, layer_of
 
 

@@ -15,14 +15,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine import carry, size_bias
-from vtc.engine.forward import FORWARD, Forward, LayerState, inverse_columns, lookup, take
+from vtc.engine import carried as carry
 from vtc.engine.host import cache as host
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
 from vtc.engine.host.rotary import rotate
+from vtc.engine.llm import sizes as size_bias
+from vtc.engine.llm.forward import FORWARD, Forward, LayerState, inverse_columns, lookup, take
+from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import ATTENTION_SIGNALS, OUTPUTS, Plan, Step, source_layer
-from vtc.engine.visual import Visual
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import attention_rows, received_attention
 

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine import carry, layer_signals, size_bias, unmerge
-from vtc.engine.evict import evict
-from vtc.engine.forward import FORWARD, NO_OUTER, OUTER, Forward, LayerState, Outer, inverse_columns, take
+from vtc.engine import carried as carry
+from vtc.engine.decide import ATTRIBUTE, Encoded, run_step, stopwatch
 from vtc.engine.host import cache as host
 from vtc.engine.host import contract, masks, names
 from vtc.engine.host.override import Undo
-from vtc.engine.memory import READING, Held, Memory, check_cache, memory_of, remember
+from vtc.engine.llm import signals as layer_signals
+from vtc.engine.llm import sizes as size_bias
+from vtc.engine.llm import unmerge
+from vtc.engine.llm.evict import evict
+from vtc.engine.llm.forward import FORWARD, NO_OUTER, OUTER, Forward, LayerState, Outer, inverse_columns, take
+from vtc.engine.llm.held import READING, Held, Memory, check_cache, memory_of, remember
+from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import Plan, Step
-from vtc.engine.state import ATTRIBUTE, Encoded, run_step, stopwatch
-from vtc.engine.visual import Visual
 from vtc.errors import InputError, StateError, UnsupportedFeatureError
 from vtc.tokens import Tokens
 

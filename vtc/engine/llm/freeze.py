@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine.forward import FORWARD, Forward, compact_columns, lookup, put, take
+from vtc.engine.decide import run_step, stopwatch
 from vtc.engine.host import masks, names
 from vtc.engine.host.cache import Prepended
 from vtc.engine.host.rotary import rotate
+from vtc.engine.llm.forward import FORWARD, Forward, compact_columns, lookup, put, take
 from vtc.engine.plan import Step
-from vtc.engine.state import run_step, stopwatch
 from vtc.errors import SpecError
 
 

@@ -17,14 +17,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter, Encoder
-from vtc.engine import carry, pixels, tower_groups, tower_signals
-from vtc.engine.door import note_encoded
-from vtc.engine.groups import Groups, gather_signal, gather_tokens
+from vtc.engine import carried as carry
+from vtc.engine.decide import ATTRIBUTE, ENCODE, Encoded, EncodeState, run_step, stopwatch
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
+from vtc.engine.llm.door import note_encoded
 from vtc.engine.plan import Plan
-from vtc.engine.state import ATTRIBUTE, ENCODE, Encoded, EncodeState, run_step, stopwatch
-from vtc.engine.tower_signals import state_of
+from vtc.engine.vision import pixels
+from vtc.engine.vision import signals as tower_signals
+from vtc.engine.vision import tower as tower_groups
+from vtc.engine.vision.signals import state_of
+from vtc.engine.vision.tiles import Groups, gather_signal, gather_tokens
 from vtc.errors import SignalUnavailableError, UnsupportedFeatureError
 from vtc.stages import Signal
 from vtc.tokenmap import TokenMap

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from vtc.adapter import Adapter, Encoder, Packing
-from vtc.engine.forward import Forward
+from vtc.engine.decide import Encoded, EncodeState
+from vtc.engine.llm.forward import Forward
+from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import CARRIED, Plan, Step
-from vtc.engine.state import Encoded, EncodeState
-from vtc.engine.tower_signals import signal
-from vtc.engine.visual import Visual
+from vtc.engine.vision.signals import signal
 from vtc.errors import SignalUnavailableError
 from vtc.stages import Signal
 

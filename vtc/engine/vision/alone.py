@@ -1,8 +1,8 @@
 """Encoders by themselves: `tower[i]` methods on a ViT without an LLM.
 
-The blocks run on fewer tokens (`vtc.engine.tower`). Behind the last one every patch takes the features of the token it
-went into, so that norms, pooling, projections and heads see stock shapes; so do the hidden states that the encoder
-returns. One call of the encoder's entry is one run, and its state lives in a context variable for that long.
+The blocks run on fewer tokens (`vtc.engine.vision.passage`). Behind the last one every patch takes the features of the
+token it went into, so that norms, pooling, projections and heads see stock shapes; so do the hidden states that the
+encoder returns. One call of the encoder's entry is one run, and its state lives in a context variable for that long.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from torch.nn.functional import pad
 from vtc.adapter import Attention
 from vtc.encoder_report import EncoderReport
 from vtc.encoders import ImageEncoder, encoder_for, methods_by_themselves
-from vtc.engine import tower
-from vtc.engine.handle import handle_around
+from vtc.engine.decide import PATCHED_ENCODERS
 from vtc.engine.host import contract, names
 from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.host.override import Undo
+from vtc.engine.llm.visual import budgets
+from vtc.engine.patch import handle_around
 from vtc.engine.plan import CAPTURED, Step
-from vtc.engine.state import PATCHED_ENCODERS
-from vtc.engine.tower_groups import without_prefix
-from vtc.engine.visual import budgets
+from vtc.engine.vision import passage as tower
+from vtc.engine.vision.tower import without_prefix
 from vtc.errors import SignalUnavailableError, SpecError, StateError, UnsupportedFeatureError, UnsupportedModelError
 from vtc.flops import vit_block
 from vtc.spec import format_spec, parse

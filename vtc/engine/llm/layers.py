@@ -1,6 +1,6 @@
 """Decoder layers: `layer[k]` stages, and the arguments that later layers need once something was dropped.
 
-A stage at layer k sees the hidden states that enter layer k; `vtc.engine.layer_signals` gives its signals.
+A stage at layer k sees the hidden states that enter layer k; `vtc.engine.llm.signals` gives its signals.
 """
 
 import functools
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine import freeze, layer_signals, size_bias
-from vtc.engine.door import REPORT_IT, apply_step
-from vtc.engine.forward import FORWARD, Forward, LayerState, cut_forward, lookup, take
-from vtc.engine.halves import silence, silenced
+from vtc.engine.decide import stopwatch
 from vtc.engine.host import masks, names
+from vtc.engine.host.halves import silence, silenced
 from vtc.engine.host.override import Undo
-from vtc.engine.memory import Held
+from vtc.engine.llm import freeze
+from vtc.engine.llm import signals as layer_signals
+from vtc.engine.llm import sizes as size_bias
+from vtc.engine.llm.door import REPORT_IT, apply_step
+from vtc.engine.llm.forward import FORWARD, Forward, LayerState, cut_forward, lookup, take
+from vtc.engine.llm.held import Held
 from vtc.engine.plan import Plan, Step, check_biased, layer_of
-from vtc.engine.state import stopwatch
 from vtc.errors import SpecError, StateError
 
 

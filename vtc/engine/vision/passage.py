@@ -1,11 +1,12 @@
 """The site `tower[i]`: a stage between the attention and the MLP of a block, and a tower that is short from there on.
 
-The block's own code runs twice (`vtc.engine.halves`): with its MLP silenced it ends where the stage acts, and with its
-attention silenced it goes on from what the stage left.
+The block's own code runs twice (`vtc.engine.host.halves`): with its MLP silenced it ends where the stage acts, and
+with its attention silenced it goes on from what the stage left.
 
 Later blocks run on what is left. Their attention gets a mask where groups differ in length, and log(size) of merged
 tokens where the stage asks for it. At the tower's exit every patch takes the features of the token it went into, so
-that whatever comes behind sees stock shapes; which of them go on is decided by `vtc.engine.encoder` from `decision`.
+that whatever comes behind sees stock shapes; which of them go on is decided by `vtc.engine.vision.encoder` from
+`decision`.
 """
 
 import functools
@@ -20,12 +21,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vtc.adapter import Attention, Halves
-from vtc.engine.groups import gather_signal, gather_tokens
-from vtc.engine.halves import is_silent, silence, silenced
+from vtc.engine.decide import run_step, stopwatch
 from vtc.engine.host import names
+from vtc.engine.host.halves import is_silent, silence, silenced
 from vtc.engine.host.override import Undo
 from vtc.engine.plan import Step
-from vtc.engine.state import run_step, stopwatch
+from vtc.engine.vision.tiles import gather_signal, gather_tokens
 from vtc.errors import SpecError, UnsupportedFeatureError
 from vtc.kernels import attention_rows, received_attention
 from vtc.tokenmap import TokenMap

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vtc.engine.memory import Memory
+from vtc.engine.decide import Encoded
+from vtc.engine.llm.held import Memory
+from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import Plan
-from vtc.engine.state import Encoded
-from vtc.engine.visual import Visual
 from vtc.tokens import Layout
 
 
@@ -92,7 +92,7 @@ class Forward:
     door_rank: Int[Tensor, "B R"] | None = None  # how many tokens stand before each row at the door (renumber)
     door_valid: Int[Tensor, " B"] | None = None  # how many they are
     parked: "Parked | None" = None
-    unmerging: Any = None  # vtc.engine.unmerge.Unmerging: rows and columns of virtual unmerging
+    unmerging: Any = None  # vtc.engine.llm.unmerge.Unmerging: rows and columns of virtual unmerging
     live: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # frozen layer -> its input, its live rows
     shift: Int[Tensor, " B"] | None = None
     shared: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)  # arguments cut once for many layers

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vtc.engine.decide import ATTRIBUTE
 from vtc.engine.host import cache as host
 from vtc.engine.plan import Plan
-from vtc.engine.state import ATTRIBUTE
 from vtc.errors import StateError, UnsupportedFeatureError
 
 

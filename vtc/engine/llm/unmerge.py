@@ -16,10 +16,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine.forward import FORWARD, Forward, compact_columns, inverse_columns, lookup, take
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
-from vtc.engine.visual import Visual
+from vtc.engine.llm.forward import FORWARD, Forward, compact_columns, inverse_columns, lookup, take
+from vtc.engine.llm.visual import Visual
 from vtc.errors import UnsupportedFeatureError
 
 

@@ -9,15 +9,16 @@ from torch import nn
 
 from vtc.adapter import Adapter, adapter_for, unwrap
 from vtc.companion import ClipCompanion
-from vtc.engine import door, encoder, layers
-from vtc.engine import unmerge as unmerging
-from vtc.engine.evict import held_after_prefill
-from vtc.engine.forward import Forward, cut_forward
+from vtc.engine.decide import PATCHED_ENCODERS
 from vtc.engine.host import flash
 from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.host.override import Undo
+from vtc.engine.llm import door, layers
+from vtc.engine.llm import unmerge as unmerging
+from vtc.engine.llm.evict import held_after_prefill
+from vtc.engine.llm.forward import Forward, cut_forward
 from vtc.engine.plan import Plan, make_plan
-from vtc.engine.state import PATCHED_ENCODERS
+from vtc.engine.vision import encoder
 from vtc.errors import StateError, UnsupportedModelError
 from vtc.report import Report, cache_bytes, lengths_by_layer, prefill_flops
 from vtc.spec import format_spec, parse

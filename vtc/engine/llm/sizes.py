@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vtc.engine.forward import Forward, LayerState
-from vtc.engine.visual import Visual
+from vtc.engine.llm.forward import Forward, LayerState
+from vtc.engine.llm.visual import Visual
 
 
 def of_layer(state: Forward, index: int, seen: LayerState) -> Float[Tensor, "B K"] | None:

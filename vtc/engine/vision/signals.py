@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Encoder
+from vtc.engine.decide import ENCODE, EncodeState
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
 from vtc.engine.host.rotary import rotate
-from vtc.engine.state import ENCODE, EncodeState
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import attention_rows, received_attention
 from vtc.stages import Signal
