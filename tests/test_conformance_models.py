@@ -13,7 +13,7 @@ import torch
 import vtc
 from vtc.adapter import adapter_for
 from vtc.engine.host import names
-from vtc.engine.plan import make_plan
+from vtc.engine.planning import make_plan
 from vtc.testing import GivenStages, families, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 import vtc
 from vtc.adapter import adapter_classes, adapter_for
-from vtc.engine.plan import make_plan
+from vtc.engine.planning import make_plan
 from vtc.errors import SpecError, VTCError
 from vtc.testing.tiny import tiny
 

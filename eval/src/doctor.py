@@ -8,7 +8,7 @@ import torch
 import vtc
 from vtc.adapter import Adapter, adapter_for
 from vtc.engine.host import names
-from vtc.engine.plan import make_plan
+from vtc.engine.planning import make_plan
 from vtc.errors import UnsupportedModelError, VTCError
 from vtc.registry import create, methods
 

@@ -9,7 +9,7 @@ import torch
 
 import vtc
 from vtc.adapter import adapter_for
-from vtc.engine.plan import make_plan
+from vtc.engine.planning import make_plan
 from vtc.methods.ficoco_v import DIFFERENCES, FiCoCoV
 from vtc.testing import tiny
 from vtc.testing.golden import golden_cases

@@ -9,7 +9,8 @@ import vtc
 from vtc.adapter import adapter_for
 from vtc.adapters._vit import halves, tower_attention
 from vtc.engine.host.override import Undo
-from vtc.engine.plan import Step, make_plan
+from vtc.engine.plan import Step
+from vtc.engine.planning import make_plan
 from vtc.engine.vision import passage as tower
 from vtc.primitives import even_pace, linear_counts, linear_pace
 from vtc.testing import tiny

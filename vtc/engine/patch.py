@@ -17,7 +17,8 @@ from vtc.engine.llm import door, layers
 from vtc.engine.llm import unmerge as unmerging
 from vtc.engine.llm.evict import held_after_prefill
 from vtc.engine.llm.forward import Forward, cut_forward
-from vtc.engine.plan import Plan, make_plan
+from vtc.engine.plan import Plan
+from vtc.engine.planning import make_plan
 from vtc.engine.vision import encoder
 from vtc.errors import StateError, UnsupportedModelError
 from vtc.report import Report, cache_bytes, lengths_by_layer, prefill_flops

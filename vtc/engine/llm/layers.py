@@ -21,7 +21,8 @@ from vtc.engine.llm import sizes as size_bias
 from vtc.engine.llm.door import REPORT_IT, apply_step
 from vtc.engine.llm.forward import FORWARD, Forward, LayerState, cut_forward, lookup, take
 from vtc.engine.llm.held import Held
-from vtc.engine.plan import Plan, Step, check_biased, layer_of
+from vtc.engine.plan import Plan, Step, layer_of
+from vtc.engine.refusals import check_biased
 from vtc.errors import SpecError, StateError
 
 
