@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import vtc
-from vtc.engine.decide import ENCODE
 from vtc.engine.host import names
 from vtc.engine.llm.forward import FORWARD
 from vtc.engine.vision import signals as tower_signals
+from vtc.engine.vision.call import ENCODE
 
 
 def fingerprint(model):

@@ -154,7 +154,7 @@ class Recorded:
             self.embedded = args[0] if args else kwargs["hidden_states"]
 
         def left(module, args, output):
-            self.states, self.passage = output, vtc.engine.decide.ENCODE.get().passage
+            self.states, self.passage = output, vtc.engine.vision.call.ENCODE.get().passage
 
         monkeypatch.setattr(tower, "run_step", spy)
         hooks = [self.encoder.blocks[0].register_forward_pre_hook(embedded, with_kwargs=True)]

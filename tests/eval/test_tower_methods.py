@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vtc
-from vtc.engine.decide import ENCODE
+from vtc.engine.vision.call import ENCODE
 from vtc.eval.accuracy import Prepared, score
 from vtc.eval.loading import load
 from vtc.eval.suites import scenes

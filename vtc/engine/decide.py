@@ -1,66 +1,19 @@
-"""What travels through one call: context variables, so that threads and interleaved generations do not mix."""
+"""One stage on tokens: its budget in numbers, its decision, the time that it took. No model is in sight here."""
 
 import math
 import time
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vtc.adapter import Encoder
-from vtc.engine.plan import Plan, Step
+from vtc.engine.plan import Step
 from vtc.errors import InputError, VTCError
+from vtc.stages import Schedule
 from vtc.tokenmap import TokenMap
-from vtc.tokens import Layout, Tokens
-
-#: attribute of an encoder's output and of a KV cache under which vtc keeps what belongs to them
-ATTRIBUTE = "_vtc"
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """What was decided while images were encoded; rides on the encoder's own output object.
-
-    `generate` encodes in one call and prefills in another, and users may encode once and prefill often.
-    """
-
-    plan: Plan
-    lengths: tuple[int, ...]
-    layout: Layout
-    token_map: TokenMap | None
-    seconds: float
-    tower_seconds: tuple[tuple[str, Any], ...] = ()  # (site, watch) of each decision inside the tower
-    carried: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (signal, layer) -> [images, slots, ...]
-
-
-@dataclass
-class EncodeState:
-    """One call of an encoder."""
-
-    encoder: Encoder
-    arguments: dict[str, Any] = field(default_factory=dict)
-    captured: dict[str, Tensor] = field(default_factory=dict)
-    blocks: dict[int, dict[str, Any]] = field(default_factory=dict)  # arguments of the tower blocks that give signals
-    features: Tensor | None = None  # what entered the projector, uncompressed
-    grid: tuple[int, int] | None = None  # the grid that the tower runs on instead of its own, in tokens
-    decided: TokenMap | None = None  # what the `pixels` stage decided
-    passage: Any = None  # the `tower.Passage` of this call, where stages act inside the tower
-    token_map: TokenMap | None = None  # of the images' slots in the LLM
-    place: Tensor | None = None  # [G, K] place of each feature that stays in the group that the projector got
-    rows: list[int] = field(default_factory=list)  # those groups
-    shape: torch.Size | None = None  # of what entered the projector
-    seconds: float = 0.0
-
-
-#: the spec of each encoder that is patched by itself (`vtc.engine.vision.alone`), by its tower
-PATCHED_ENCODERS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
-
-ENCODE: ContextVar[EncodeState | None] = ContextVar("vtc_encode", default=None)
+from vtc.tokens import Budget, Layout, Tokens
 
 
 def run_step(step: Step, tokens: Tokens) -> TokenMap:
@@ -117,6 +70,38 @@ def _without_empty(step: Step, tokens: Tokens) -> TokenMap:
         spread(part.weight, 0),
         spread(part.mass, 0),
     )
+
+
+def budgets(
+    budget: Budget,
+    origin: Sequence[tuple[int, ...]],
+    lengths: Sequence[int],
+    layout: Layout | None,
+    sample: Sequence[int] | None = None,
+    schedule: Schedule | None = None,
+) -> tuple[int, ...]:
+    """Tokens that stay in each group: counted on its uncompressed images, never more than it still has.
+
+    A number per image or video counts for each image in the group; per tile or frame, for each of its segments; per
+    sample, it is shared evenly by the groups of the sample.
+    """
+    if budget.per == "sample":
+        assert sample is not None
+        members = {row: [g for g, s in enumerate(sample) if s == row] for row in set(sample)}
+        wanted = [0] * len(origin)
+        for groups in members.values():
+            (total,) = budget.resolve((sum(sum(origin[g]) for g in groups),))
+            for rank, g in enumerate(groups):
+                wanted[g] = total // len(groups) + (rank < total % len(groups))
+    elif budget.per in ("tile", "frame") and budget.tokens is not None:
+        segments = [len(grids) for grids in layout.grids] if layout is not None else [1] * len(origin)
+        wanted = [budget.tokens * n for n in segments]
+    else:
+        wanted = [sum(budget.resolve(images)) for images in origin]
+    wanted = [max(1, want) for want in wanted]
+    if schedule is not None:  # which may end at nothing
+        wanted = [max(0, schedule(sum(images), want)) for images, want in zip(origin, wanted, strict=True)]
+    return tuple(min(want, have) for want, have in zip(wanted, lengths, strict=True))
 
 
 def check_finite(step: Step, tokens: Tokens) -> None:

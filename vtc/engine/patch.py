@@ -9,7 +9,6 @@ from torch import nn
 
 from vtc.adapter import Adapter, adapter_for, unwrap
 from vtc.companion import ClipCompanion
-from vtc.engine.decide import PATCHED_ENCODERS
 from vtc.engine.host import flash
 from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.host.override import Undo
@@ -28,6 +27,9 @@ from vtc.tokens import Budget
 
 #: the active handle of each patched model; weak, so that a forgotten model goes away with its handle
 _ACTIVE: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictionary()
+
+#: the spec of each encoder that is patched by itself (`vtc.engine.vision.alone`), by its tower
+PATCHED_ENCODERS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
 
 
 def patch(

@@ -1,5 +1,6 @@
 """Which stage acts where on one model; made by `vtc.engine.planning`."""
 
+import functools
 from dataclasses import dataclass
 
 from vtc.companion import ClipCompanion
@@ -8,6 +9,9 @@ from vtc.tokens import Budget
 
 #: signals of the encoder that are carried to the places of the tokens in the prompt
 CARRIED = ("cls_attention", "received_attention", "clip_image_embeds", "clip_text_embeds")
+
+#: the one of them that the prompt gives, not the images
+TEXT = "clip_text_embeds"
 
 #: signals made of the queries and keys of one decoder layer
 ATTENTION_SIGNALS = (
@@ -99,7 +103,7 @@ class Plan:
         """The steps at one site."""
         return tuple(s for s in self.steps if s.stage.site.name == site and s.stage.site.index == index)
 
-    @property
+    @functools.cached_property
     def tower(self) -> dict[int, tuple[Step, ...]]:
         """The steps at each block of the vision tower."""
         sites = [step.stage.site for step in self.steps if step.stage.site.name == "tower"]
@@ -109,20 +113,27 @@ class Plan:
     def __deepcopy__(self, memo: object) -> "Plan":
         return self  # immutable, and a copied cache still belongs to it
 
-    @property
+    @functools.cached_property
     def layers(self) -> tuple[int, ...]:
         """Decoder layers at which a stage acts, ascending."""
         return tuple(sorted({layer_of(s) for s in self.steps if s.stage.site.name == "layer"}))
 
-    @property
+    @functools.cached_property
     def reference(self) -> int:
         """The first decoder layer that sees every token that entered the LLM; masks are sized by it."""
         return next((int(s.stage.until or 0) for s in self.at("layer", 0) if s.stage.leave == "park"), 0)
 
-    @property
+    @functools.cached_property
     def frozen(self) -> tuple[int, ...]:
         """Decoder layers in which visual tokens are frozen, ascending."""
         return tuple(sorted({layer_of(s) for s in self.steps if s.stage.leave == "freeze"}))
+
+    @functools.cached_property
+    def carried(self) -> tuple[Signal, ...]:
+        """The encoder signals that stages behind the encoder read."""
+        steps = [step for step in self.steps if step.stage.site.name in ("llm_in", "layer")]
+        found = {s for step in steps for s in step.stage.signals if s.name in CARRIED}
+        return tuple(sorted(found, key=lambda s: (s.name, s.layer)))
 
     def signals(self, site: str, index: int | None = None) -> frozenset[Signal]:
         """Every signal that the steps at a site read."""

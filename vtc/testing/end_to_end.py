@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.engine import Handle
-from vtc.engine.decide import ATTRIBUTE, Encoded
+from vtc.engine.handover import ATTRIBUTE, Encoded
 from vtc.engine.host import names
 from vtc.testing.golden import GoldenCase
 

@@ -28,6 +28,9 @@ TESTED = ("5.19", "5.25")
 #: are checked all the same
 SWITCH = "VTC_UNTESTED_HOST"
 
+#: ends every message about a host that does not do what its version's contract says
+REPORT_IT = "Run `vtc doctor --self-check` and report what it prints; until then, call handle.remove()."
+
 _UNTESTED: ContextVar[bool] = ContextVar("vtc_untested_host", default=False)
 
 #: what each part must take; the KV cache, whose word changes, comes on top

@@ -13,26 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine import carried as carry
-from vtc.engine.decide import ATTRIBUTE, Encoded, run_step, stopwatch
+from vtc.engine.decide import stopwatch
+from vtc.engine.handover import ATTRIBUTE, COLLECTED
 from vtc.engine.host import cache as host
 from vtc.engine.host import contract, masks, names
 from vtc.engine.host.override import Undo
+from vtc.engine.llm import carried, unmerge
 from vtc.engine.llm import signals as layer_signals
 from vtc.engine.llm import sizes as size_bias
-from vtc.engine.llm import unmerge
 from vtc.engine.llm.evict import evict
 from vtc.engine.llm.forward import FORWARD, NO_OUTER, OUTER, Forward, LayerState, Outer, inverse_columns, take
 from vtc.engine.llm.held import READING, Held, Memory, check_cache, memory_of, remember
 from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import Plan, Step
 from vtc.errors import InputError, StateError, UnsupportedFeatureError
-from vtc.tokens import Tokens
 
 Record = Callable[[Forward], None]
-
-#: ends every message about a host that does not do what its version's contract says
-REPORT_IT = "Run `vtc doctor --self-check` and report what it prints; until then, call handle.remove()."
 
 
 def attach(adapter: Adapter, plan: Plan, record: Record, undo: Undo) -> None:
@@ -46,23 +42,6 @@ def attach(adapter: Adapter, plan: Plan, record: Record, undo: Undo) -> None:
     undo.after(inner, _leave, always_call=True)
     undo.before(lm, functools.partial(_compress, adapter, plan), with_kwargs=True)
     undo.after(lm, functools.partial(_restore, adapter, plan, record), with_kwargs=True)
-
-
-def note_encoded(modality: str, encoded: Encoded) -> None:
-    """Called by the encoder when it runs inside a forward (pixels given, not features)."""
-    state = FORWARD.get()
-    if state is not None:
-        state.encoded[modality] = encoded
-
-
-def apply_step(step: Step, visual: Visual, tokens: Tokens, state: Forward, x: Tensor) -> tuple[Visual, Tensor]:
-    """Decide on `tokens` (the surviving tokens of `visual` inside `x`) and write merged features into `x`."""
-    token_map = run_step(step, tokens)
-    after = visual.follow(token_map)
-    if not token_map.is_selection:
-        values = token_map.apply(tokens.x)[:, : after.column.shape[1]].to(x.dtype)
-        x = after.scatter(x, values, state.row_of)
-    return after, x
 
 
 def _enter_outer(adapter: Adapter, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -106,6 +85,7 @@ def _enter(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs: d
     if adapter.masks_outside:
         kwargs = _cut_outer_mask(module, plan, state, given, kwargs)
     state.token = FORWARD.set(state)
+    COLLECTED.set(state.encoded)
     return args, kwargs
 
 
@@ -150,7 +130,7 @@ def _check_seen(adapter: Adapter, module: nn.Module, args: Any, output: Any) -> 
         raise StateError(
             f"{type(module).__name__} encoded {' and '.join(f'{name}s' for name in state.encoded)}, and its "
             f"{type(adapter.language_model).__name__} was never called with them, so nothing was compressed. "
-            f"{REPORT_IT}"
+            f"{contract.REPORT_IT}"
         )
 
 
@@ -162,6 +142,7 @@ def _clear() -> None:
     state = FORWARD.get()
     if state is not None and state.token is not None:
         FORWARD.reset(state.token)
+    COLLECTED.set(None)
     READING.set(None)
 
 
@@ -172,7 +153,7 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
     if state is None:
         return None
     if embeds is None:
-        raise StateError(f"{type(module).__name__} was called without {names.INPUTS_EMBEDS!r}. {REPORT_IT}")
+        raise StateError(f"{type(module).__name__} was called without {names.INPUTS_EMBEDS!r}. {contract.REPORT_IT}")
     _, cache = names.find_cache(module, kwargs)
     state.batch, state.length = embeds.shape[:2]
     state.device = embeds.device
@@ -319,13 +300,13 @@ def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> tup
         raise _without_ids()
     visual, located = _locate(adapter, state, embeds.device)
     state.layout = located.layout
-    carry.note_text(plan, state)
+    carried.note_text(plan, state)
     for step in plan.at("llm_in"):
         if step.stage.pool == "sample":
             visual = visual.pooled()
-        signals = {**_text_signals(step, state, visual, embeds), **carry.collect(step, state, visual)}
+        signals = {**_text_signals(step, state, visual, embeds), **carried.collect(step, state, visual)}
         tokens = visual.tokens(embeds, step.budget, signals, schedule=step.stage.schedule)
-        visual, embeds = apply_step(step, visual, tokens, state, embeds)
+        visual, embeds = visual.decide(step, tokens, embeds, state.row_of)
     state.visual = visual
     layer_signals.note_door(plan, state, visual, embeds)
     state.visual_lengths[0] = visual.per_sample(state.batch)
@@ -363,7 +344,7 @@ def _locate(adapter: Adapter, state: Forward, device: torch.device) -> tuple[Vis
                 )
             continue
         whole, images = Visual.locate(place, encoded.lengths, encoded.layout, count, encoder.modality)
-        carry.locate(state, encoder, encoded, whole, images)
+        carried.locate(state, encoder, encoded, whole, images)
         located.append(whole)
         token_map = encoded.token_map
         left.append(whole if token_map is None else whole.follow(token_map.groups(images)))
@@ -458,7 +439,7 @@ def _restore(
         raise StateError(
             f"{type(module).__name__} was called without a KV cache by a word that vtc knows "
             f"({' or '.join(names.CACHE_WORDS)}), so what was dropped could not be noted on it and every later token "
-            f"would be wrong. {REPORT_IT}"
+            f"would be wrong. {contract.REPORT_IT}"
         )
     if state is None or state.visual is None:
         return None

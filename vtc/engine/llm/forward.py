@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vtc.engine.decide import Encoded
+from vtc.engine.handover import Encoded
 from vtc.engine.llm.held import Memory
 from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import Plan

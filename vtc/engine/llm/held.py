@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vtc.engine.decide import ATTRIBUTE
+from vtc.engine.handover import ATTRIBUTE
 from vtc.engine.host import cache as host
 from vtc.engine.plan import Plan
 from vtc.errors import StateError, UnsupportedFeatureError

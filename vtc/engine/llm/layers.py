@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from vtc.adapter import Adapter
 from vtc.engine.decide import stopwatch
-from vtc.engine.host import masks, names
+from vtc.engine.host import contract, masks, names
 from vtc.engine.host.halves import silence, silenced
 from vtc.engine.host.override import Undo
 from vtc.engine.llm import freeze
 from vtc.engine.llm import signals as layer_signals
 from vtc.engine.llm import sizes as size_bias
-from vtc.engine.llm.door import REPORT_IT, apply_step
 from vtc.engine.llm.forward import FORWARD, Forward, LayerState, cut_forward, lookup, take
 from vtc.engine.llm.held import Held
 from vtc.engine.plan import Plan, Step, layer_of
@@ -61,13 +60,13 @@ def _check_handed_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> No
     if state.cache is not None and (not found or cache is not state.cache):
         raise StateError(
             f"{type(module).__name__} did not get the KV cache by a word that vtc knows "
-            f"({' or '.join(names.CACHE_WORDS)}), but the arguments {', '.join(sorted(kwargs))}. {REPORT_IT}"
+            f"({' or '.join(names.CACHE_WORDS)}), but the arguments {', '.join(sorted(kwargs))}. {contract.REPORT_IT}"
         )
     rows, angles = names.hidden_argument(args, kwargs).shape[1], kwargs[names.POSITION_EMBEDDINGS][0].shape[-2]
     if rows != state.rows or angles != state.rows:
         raise StateError(
             f"{type(module).__name__} got {rows} tokens and rotations for {angles}, and {state.rows} went in at the "
-            f"door. {REPORT_IT}"
+            f"door. {contract.REPORT_IT}"
         )
 
 
@@ -139,7 +138,7 @@ def _run(
         tokens = visual.tokens(hidden, step.budget, signals, state.row_of, step.stage.schedule)
         parks = step.stage.leave == "park"
         rows, row_of, current = hidden, state.row_of, before.per_sample(state.batch)
-        state.visual, hidden = apply_step(step, visual, tokens, state, hidden)
+        state.visual, hidden = visual.decide(step, tokens, hidden, state.row_of)
         state.shared.clear()  # sizes may have changed, also where the number has not
         if parks and hidden is not rows:
             raise SpecError(f"{step} merges tokens, but parked ones come back as they were. Use leave='drop'.")

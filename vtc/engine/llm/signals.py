@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine import carried as carry
 from vtc.engine.host import cache as host
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
 from vtc.engine.host.rotary import rotate
+from vtc.engine.llm import carried
 from vtc.engine.llm import sizes as size_bias
 from vtc.engine.llm.forward import FORWARD, Forward, LayerState, inverse_columns, lookup, take
 from vtc.engine.llm.visual import Visual
@@ -68,7 +68,7 @@ def collect(
     adapter: Adapter, step: Step, index: int, state: Forward, visual: Visual, hidden: Tensor, own: Arguments
 ) -> dict[str, Tensor]:
     """The signals that the stage of `step` at layer `index` declares, aligned with the tokens of `visual`."""
-    found = carry.collect(step, state, visual)
+    found = carried.collect(step, state, visual)
     rows, sample = visual.rows(state.row_of), visual.sample_index
     needed = {signal.name for signal in step.stage.signals}
     if "position" in needed:

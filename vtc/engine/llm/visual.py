@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vtc.engine.decide import budgets, run_step
+from vtc.engine.plan import Step
 from vtc.errors import InputError
 from vtc.stages import Schedule
 from vtc.tokenmap import TokenMap
@@ -181,6 +183,17 @@ class Visual:
         wanted = budgets(budget, self.origin, self.lengths, self.layout, self.sample, schedule)
         return Tokens(self.gather(x, row_of), self.lengths, self.layout, signals, budget=wanted)
 
+    def decide(
+        self, step: Step, tokens: Tokens, x: Float[Tensor, "B R D"], row_of: Int[Tensor, "B S"] | None = None
+    ) -> "tuple[Visual, Float[Tensor, 'B R D']]":
+        """What is left after `step` decided on `tokens`, which are these inside `x`, and `x` with what was merged."""
+        token_map = run_step(step, tokens)
+        after = self.follow(token_map)
+        if not token_map.is_selection:
+            values = token_map.apply(tokens.x)[:, : after.column.shape[1]].to(x.dtype)
+            x = after.scatter(x, values, row_of)
+        return after, x
+
     def gather(self, x: Float[Tensor, "B R D"], row_of: Int[Tensor, "B S"] | None = None) -> Float[Tensor, "G N D"]:
         """The features of the surviving tokens; `row_of` translates columns to rows of a shortened `x`."""
         return x[self.sample_index[:, None], self.rows(row_of).clamp(min=0)]
@@ -221,38 +234,6 @@ class Visual:
         for row, n in zip(self.sample, self.lengths if lengths is None else lengths, strict=True):
             counts[row] += n
         return counts
-
-
-def budgets(
-    budget: Budget,
-    origin: Sequence[tuple[int, ...]],
-    lengths: Sequence[int],
-    layout: Layout | None,
-    sample: Sequence[int] | None = None,
-    schedule: Schedule | None = None,
-) -> tuple[int, ...]:
-    """Tokens that stay in each group: counted on its uncompressed images, never more than it still has.
-
-    A number per image or video counts for each image in the group; per tile or frame, for each of its segments; per
-    sample, it is shared evenly by the groups of the sample.
-    """
-    if budget.per == "sample":
-        assert sample is not None
-        members = {row: [g for g, s in enumerate(sample) if s == row] for row in set(sample)}
-        wanted = [0] * len(origin)
-        for groups in members.values():
-            (total,) = budget.resolve((sum(sum(origin[g]) for g in groups),))
-            for rank, g in enumerate(groups):
-                wanted[g] = total // len(groups) + (rank < total % len(groups))
-    elif budget.per in ("tile", "frame") and budget.tokens is not None:
-        segments = [len(grids) for grids in layout.grids] if layout is not None else [1] * len(origin)
-        wanted = [budget.tokens * n for n in segments]
-    else:
-        wanted = [sum(budget.resolve(images)) for images in origin]
-    wanted = [max(1, want) for want in wanted]
-    if schedule is not None:  # which may end at nothing
-        wanted = [max(0, schedule(sum(images), want)) for images, want in zip(origin, wanted, strict=True)]
-    return tuple(min(want, have) for want, have in zip(wanted, lengths, strict=True))
 
 
 def _mismatch(placeholders: int, features: int, images: int, modality: str) -> InputError:

@@ -22,12 +22,11 @@ from torch.nn.functional import pad
 from vtc.adapter import Attention
 from vtc.encoder_report import EncoderReport
 from vtc.encoders import ImageEncoder, encoder_for, methods_by_themselves
-from vtc.engine.decide import PATCHED_ENCODERS
+from vtc.engine.decide import budgets
 from vtc.engine.host import contract, names
 from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.host.override import Undo
-from vtc.engine.llm.visual import budgets
-from vtc.engine.patch import handle_around
+from vtc.engine.patch import PATCHED_ENCODERS, handle_around
 from vtc.engine.plan import CAPTURED, Step
 from vtc.engine.vision import passage as tower
 from vtc.engine.vision.tower import without_prefix

@@ -17,16 +17,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter, Encoder
-from vtc.engine import carried as carry
-from vtc.engine.decide import ATTRIBUTE, ENCODE, Encoded, EncodeState, run_step, stopwatch
+from vtc.engine.decide import run_step, stopwatch
+from vtc.engine.handover import Encoded, hand_over
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
-from vtc.engine.llm.door import note_encoded
 from vtc.engine.plan import Plan
-from vtc.engine.vision import pixels
+from vtc.engine.vision import carried, pixels
 from vtc.engine.vision import signals as tower_signals
 from vtc.engine.vision import tower as tower_groups
-from vtc.engine.vision.signals import state_of
+from vtc.engine.vision.call import ENCODE, EncodeState, state_of
 from vtc.engine.vision.tiles import Groups, gather_signal, gather_tokens
 from vtc.errors import SignalUnavailableError, UnsupportedFeatureError
 from vtc.stages import Signal
@@ -39,8 +38,8 @@ def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
     for encoder in adapter.encoders:
         signature = inspect.signature(getattr(adapter.inner, encoder.method))
         undo.override(adapter.inner, functools.partial(_encode, adapter, plan, encoder, signature), encoder.method)
-        tower_signals.capture(encoder, {*plan.signals("tower_out"), *carry.wanted(plan)}, undo)
-        if carry.reads_features(plan):
+        tower_signals.capture(encoder, {*plan.signals("tower_out"), *plan.carried}, undo)
+        if carried.reads_features(plan):
             assert encoder.features is not None
             undo.before(encoder.features, functools.partial(_note_features, encoder))
         pixels.attach(plan, encoder, undo)
@@ -80,11 +79,10 @@ def _encode(
         lengths, layout = adapter.layout(encoder, output, state.arguments)
         if encoder.features is None and (plan.at("tower_out") or plan.tower):
             _compress_output(adapter, plan, state, output, lengths, layout)
-        carried = carry.of_images(adapter, plan, state)
+        signals = carried.of_images(adapter, plan, state)
         inside = () if state.passage is None else tuple(state.passage.seconds)
-        encoded = Encoded(plan, lengths, layout, state.token_map, state.seconds, inside, carried)
-        setattr(output, ATTRIBUTE, encoded)
-        note_encoded(encoder.modality, encoded)
+        encoded = Encoded(plan, lengths, layout, state.token_map, state.seconds, inside, signals)
+        hand_over(encoder.modality, output, encoded)
     return output
 
 

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pixel_unshuffle
 
 from vtc.adapter import Encoder, Resize
-from vtc.engine.decide import EncodeState, run_step, stopwatch
+from vtc.engine.decide import budgets, run_step, stopwatch
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
-from vtc.engine.llm.visual import budgets
 from vtc.engine.plan import Plan, Step
-from vtc.engine.vision.signals import state_of
+from vtc.engine.vision.call import EncodeState, state_of
 from vtc.errors import UnsupportedFeatureError
 from vtc.tokens import Layout, Tokens
 

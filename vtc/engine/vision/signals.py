@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Encoder
-from vtc.engine.decide import ENCODE, EncodeState
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
 from vtc.engine.host.rotary import rotate
+from vtc.engine.vision.call import EncodeState, state_of
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import attention_rows, received_attention
 from vtc.stages import Signal
@@ -113,12 +113,6 @@ def prefix_keys(state: EncodeState, layer: int) -> Tensor:
     encoder = state.encoder
     skip = encoder.num_prefix if encoder.drops_prefix else 0
     return heads(state, "key", encoder.depth + layer)[:, :, :skip]
-
-
-def state_of(encoder: Encoder) -> EncodeState | None:
-    """The running call of `encoder`, None while another one or none runs."""
-    state = ENCODE.get()
-    return state if state is not None and state.encoder.method == encoder.method else None
 
 
 def _cls_row(state: EncodeState, block: int, softmax: bool = True) -> Tensor:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vtc.adapter import Packing
-from vtc.engine.llm.visual import budgets
+from vtc.engine.decide import budgets
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout
 

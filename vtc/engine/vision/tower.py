@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vtc.adapter import Adapter, Encoder, Packing
-from vtc.engine.decide import ENCODE, EncodeState
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
 from vtc.engine.plan import Plan, Step
 from vtc.engine.vision import passage as tower
+from vtc.engine.vision.call import ENCODE, EncodeState
 from vtc.engine.vision.tiles import Groups, gather_tokens
 from vtc.errors import BudgetError, UnsupportedFeatureError
 from vtc.primitives import topk_keep

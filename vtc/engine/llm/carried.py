@@ -1,0 +1,63 @@
+"""Signals of the encoder at the places of their tokens in the prompt, for stages at `llm_in` and in decoder layers.
+
+They are laid out over the columns of the prompt. A merged token has the signal of its anchor; separators that the host
+adds have zeros.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vtc.adapter import Encoder
+from vtc.engine.handover import Encoded
+from vtc.engine.llm.forward import Forward
+from vtc.engine.llm.visual import Visual
+from vtc.engine.plan import CARRIED, TEXT, Plan, Step
+from vtc.errors import SignalUnavailableError
+
+
+def locate(state: Forward, encoder: Encoder, encoded: Encoded, located: Visual, images: Sequence[int]) -> None:
+    """Lay what `encoded` carries out over the columns of the prompts.
+
+    Raises:
+        SignalUnavailableError: this modality cannot give what the plan carries.
+    """
+    for one in encoded.plan.carried:
+        if one.name != TEXT and (one.name, one.layer) not in encoded.carried:
+            reason = encoder.lacks(one.name, one.layer)
+            raise SignalUnavailableError(
+                f"a stage reads {one.name!r}, which {encoder.modality}s cannot give here: {reason}."
+            )
+    where = torch.tensor(list(images), device=located.column.device)
+    column = torch.where(located.column < 0, state.length, located.column)
+    for key, value in encoded.carried.items():
+        chosen = value.to(located.column.device)[where][:, : column.shape[1]]
+        columns = state.carried.get(key)
+        if columns is None:
+            columns = chosen.new_zeros(state.batch, state.length + 1, *chosen.shape[2:])
+        state.carried[key] = columns.index_put((located.sample_index[:, None], column), chosen)
+
+
+def note_text(plan: Plan, state: Forward) -> None:
+    """Embed the question of each prompt, where a stage reads that."""
+    if plan.companion is None or all(one.name != TEXT for one in plan.carried):
+        return
+    assert state.input_ids is not None and state.is_visual is not None
+    place = torch.arange(state.length, device=state.is_visual.device)
+    is_text = ~state.is_visual if state.valid is None else ~state.is_visual & state.valid
+    behind = is_text & (place > torch.where(state.is_visual, place, -1).amax(dim=1, keepdim=True))
+    chosen = torch.where(behind.any(dim=1, keepdim=True), behind, is_text).to(state.input_ids.device)
+    ids = [row[keep].tolist() for row, keep in zip(state.input_ids, chosen, strict=True)]
+    state.carried[TEXT, 0] = plan.companion.text_embeds(ids, state.is_visual.device)
+
+
+def collect(step: Step, state: Forward, visual: Visual) -> dict[str, Tensor]:
+    """The carried signals that `step` declares, aligned with the tokens of `visual`."""
+    found: dict[str, Tensor] = {}
+    sample = visual.sample_index
+    for one in step.stage.signals:
+        if one.name in CARRIED:
+            value = state.carried[one.name, one.layer]
+            found[one.name] = value[sample] if one.name == TEXT else value[sample[:, None], visual.column.clamp(min=0)]
+    return found
