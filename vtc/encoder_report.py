@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vtc.errors import InputError
+from vtc.indices import take
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout
 
@@ -68,8 +68,7 @@ class EncoderReport:
             )
         anchor = self.token_map.anchor
         rows = x[:, x.shape[1] - patches :]
-        found = torch.gather(rows, 1, anchor.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
-        return found.masked_fill((anchor < 0)[..., None], 0)
+        return take(rows, anchor).masked_fill((anchor < 0)[..., None], 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain data (the map and the layout are left out)."""

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vtc.errors import InputError
+from vtc.indices import follow, take
 from vtc.kernels import segment_merge
 
 
@@ -73,17 +74,15 @@ class TokenMap:
     def apply(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B K D"]:
         """The tokens after the map, in the dtype of `x`; sums run in fp32; padding slots are 0."""
         if self.source is None or self.slot is None or self.weight is None:
-            out = _gather(x, self.anchor)
+            out = take(x, self.anchor)
             return out if len(set(self.lengths)) <= 1 else out.masked_fill((self.anchor < 0)[..., None], 0)
-        return segment_merge(
-            _gather(x, self.source), self.slot, self.anchor.shape[1], weights=self.weight, reduce="sum"
-        )
+        return segment_merge(take(x, self.source), self.slot, self.anchor.shape[1], weights=self.weight, reduce="sum")
 
     def then(self, after: "TokenMap") -> "TokenMap":
         """One map that does what this one and then `after` do."""
-        anchor = _follow(self.anchor, after.anchor)
+        anchor = follow(self.anchor, after.anchor)
         if self.source is None or self.slot is None or self.weight is None:
-            source = None if after.source is None else _follow(self.anchor, after.source)
+            source = None if after.source is None else follow(self.anchor, after.source)
             return replace(after, anchor=anchor, num_tokens=self.num_tokens, source=source)
         if after.source is None:
             # the edges of dropped slots become padding, the others move to their new slot
@@ -96,7 +95,7 @@ class TokenMap:
             if after.anchor.shape[1]:
                 first = (after.anchor == 0).long()
                 moved[:, 0] = torch.where(first.any(1), first.argmax(1), -1)
-            slot = _follow(moved, self.slot)
+            slot = follow(moved, self.slot)
             return TokenMap(anchor, after.lengths, self.num_tokens, self.source, slot, self.weight, self.masses())
         return self._product(after, anchor)
 
@@ -188,7 +187,7 @@ class TokenMap:
         order = key.argsort(dim=1, stable=True)
         slot = self.slot
         if slot is not None:
-            slot = _follow(order.argsort(dim=1), slot)
+            slot = follow(order.argsort(dim=1), slot)
         return replace(self, anchor=self.anchor.gather(1, order), slot=slot)
 
     def in_slot_order(self) -> "TokenMap":
@@ -220,13 +219,4 @@ class TokenMap:
             return (self.anchor >= 0).float()
         real = (self.slot >= 0).float()
         degree = real.new_zeros(real.shape[0], self.num_tokens).scatter_add(1, self.source.clamp(min=0), real)
-        return real / degree.gather(1, self.source.clamp(min=0)).clamp(min=1)
-
-
-def _gather(x: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-    return x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def _follow(table: Int[Tensor, "B K"], index: Int[Tensor, "B J"]) -> Int[Tensor, "B J"]:
-    """`table[index]` where index is valid, -1 elsewhere."""
-    return table.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
+        return real / take(degree, self.source).clamp(min=1)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vtc.errors import BudgetError, InputError, SignalUnavailableError
+from vtc.indices import follow
 
 PER = ("image", "tile", "frame", "video", "sample")
 
@@ -123,8 +124,7 @@ class Layout:
 
     def take(self, index: Int[Tensor, "B K"]) -> "Layout":
         """The layout of the tokens `index` (-1 stays -1)."""
-        missing = index < 0
-        return self.map(lambda part: part.gather(1, index.clamp(min=0)).masked_fill(missing, -1))
+        return self.map(lambda part: follow(part, index))
 
     def groups(self, index: Sequence[int]) -> "Layout":
         """The layout of the groups `index`, in that order."""

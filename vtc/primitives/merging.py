@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vtc.indices import take
 from vtc.kernels import cosine_match
 from vtc.primitives.selection import take_rows
 from vtc.stages import Links, drop, keep_lengths
@@ -50,7 +51,7 @@ def self_preserving_merge(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links
         return drop(tokens, keep, links)
     total = 1.0 + _received(links.weight, links.slot, keep.shape[1])
     scale = 1.0 / total
-    return _joined(tokens, keep, links, own=scale, given=links.weight * _at(scale, links.slot))
+    return _joined(tokens, keep, links, own=scale, given=links.weight * take(scale, links.slot))
 
 
 def size_weighted_merge(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links | None) -> TokenMap:
@@ -58,11 +59,11 @@ def size_weighted_merge(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links |
     if links is None:
         return drop(tokens, keep, links)
     size = tokens.signal("sizes").float()
-    own = size.gather(1, keep.clamp(min=0)).masked_fill(keep < 0, 0)
+    own = take(size, keep).masked_fill(keep < 0, 0)
     given = size.gather(1, links.source) * links.weight
     total = own + _received(given, links.slot, keep.shape[1])
     scale = 1.0 / total.masked_fill(keep < 0, 1)
-    return _joined(tokens, keep, links, own=own * scale, given=given * _at(scale, links.slot))
+    return _joined(tokens, keep, links, own=own * scale, given=given * take(scale, links.slot))
 
 
 def sum_merge(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links | None) -> TokenMap:
@@ -77,7 +78,7 @@ def add_mean(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links | None) -> T
     if links is None:
         return drop(tokens, keep, links)
     count = _received((links.slot >= 0).float(), links.slot, keep.shape[1]).clamp(min=1)
-    return _joined(tokens, keep, links, own=torch.ones_like(count), given=links.weight / _at(count, links.slot))
+    return _joined(tokens, keep, links, own=torch.ones_like(count), given=links.weight / take(count, links.slot))
 
 
 def _joined(
@@ -99,7 +100,3 @@ def _received(weight: Float[Tensor, "B E"], slot: Int[Tensor, "B E"], slots: int
     """Sum of the weights that arrive at each slot; the extra column in front takes the padding."""
     out = weight.new_zeros(weight.shape[0], slots + 1)
     return out.scatter_add(1, slot + 1, weight)[:, 1:]
-
-
-def _at(value: Float[Tensor, "B K"], slot: Int[Tensor, "B E"]) -> Float[Tensor, "B E"]:
-    return value.gather(1, slot.clamp(min=0))

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vtc.indices import take
+
 
 def topk_keep(
     score: Float[Tensor, "B N"],
@@ -64,7 +66,7 @@ def rest_of(keep: Int[Tensor, "B K"], lengths: Sequence[int], kept: Sequence[int
 
 def take_rows(x: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
     """The rows `index` of each group; -1 reads row 0, for the caller to mask."""
-    return x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
+    return take(x, index)
 
 
 def join_keep(first: Int[Tensor, "B K"], second: Int[Tensor, "B J"]) -> Int[Tensor, "B L"]:

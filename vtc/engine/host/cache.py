@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from vtc.indices import take
+
 #: what hosts ask a cache, with the arguments that our answers take
 ASKED = {
     "get_seq_length": ("layer_idx",),
@@ -66,10 +68,7 @@ def _is_plain(layer: Any) -> bool:
 def select(cache: Any, layer: int, index: Int[Tensor, "B R"]) -> None:
     """Leave a layer the entries `index`, in this order; -1 reads entry 0, which masks hide."""
     entries = cache.layers[layer]
-    entries.keys, entries.values = (
-        part.gather(2, index.clamp(min=0)[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3]))
-        for part in (entries.keys, entries.values)
-    )
+    entries.keys, entries.values = (take(part, index, 2) for part in (entries.keys, entries.values))
 
 
 def crop(cache: Any, count: int) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vtc.errors import StateError, UnsupportedFeatureError
+from vtc.indices import take
 
 
 def cut(mask: Tensor, rows: Int[Tensor, "B Q"] | None, columns: Int[Tensor, "B K"]) -> Tensor:
@@ -24,15 +25,10 @@ def cut(mask: Tensor, rows: Int[Tensor, "B Q"] | None, columns: Int[Tensor, "B K
         )
     columns = columns.to(mask.device)
     if mask.dim() == 2:
-        return mask.expand(columns.shape[0], -1).gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 0)
-    batch = columns.shape[0]
-    mask = mask.expand(batch, *mask.shape[1:])
-    heads = mask.shape[1]
+        return take(mask, columns).masked_fill(columns < 0, 0)
     if rows is not None:
-        index = rows.to(mask.device).clamp(min=0)[:, None, :, None].expand(-1, heads, -1, mask.shape[3])
-        mask = mask.gather(2, index)
-    index = columns.clamp(min=0)[:, None, None, :].expand(-1, heads, mask.shape[2], -1)
-    return mask.gather(3, index).masked_fill((columns < 0)[:, None, None, :], _nothing(mask))
+        mask = take(mask, rows, 2)
+    return take(mask, columns, 3).masked_fill((columns < 0)[:, None, None, :], _nothing(mask))
 
 
 def check_width(mask: Tensor | None, width: int, queries: int | None = None) -> None:

@@ -26,8 +26,9 @@ from vtc.engine.vision import carried, pixels
 from vtc.engine.vision import signals as tower_signals
 from vtc.engine.vision import tower as tower_groups
 from vtc.engine.vision.call import ENCODE, EncodeState, state_of
-from vtc.engine.vision.tiles import Groups, gather_signal, gather_tokens
+from vtc.engine.vision.tiles import Groups, take_signal
 from vtc.errors import SignalUnavailableError, UnsupportedFeatureError
+from vtc.indices import take
 from vtc.stages import Signal
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout, Tokens
@@ -169,7 +170,7 @@ def _decide(
     total = tower_groups.decision(plan, state, groups)
     if total is not None:  # the tower wrote what it left in the places of the anchors
         lengths, anchor = total.lengths, total.anchor[:, : max(total.lengths)]
-        x, layout = gather_tokens(x, anchor), None if layout is None else layout.take(anchor)
+        x, layout = take(x, anchor), None if layout is None else layout.take(anchor)
     for step in plan.at("tower_out"):
         for signal in step.stage.signals:
             reason = encoder.lacks(signal.name, signal.layer)
@@ -217,7 +218,7 @@ def _signals(
             continue
         value = groups.take(value)
         if total is not None:
-            value = gather_signal(value, total.anchor)
+            value = take_signal(value, total.anchor)
         if one.name == "keys" and with_cls:
             value = torch.cat([tower_signals.prefix_keys(state, one.layer)[groups.rows], value], dim=2)
         found[one.name] = value

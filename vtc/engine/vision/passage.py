@@ -26,8 +26,9 @@ from vtc.engine.host import names
 from vtc.engine.host.halves import is_silent, silence, silenced
 from vtc.engine.host.override import Undo
 from vtc.engine.plan import Step
-from vtc.engine.vision.tiles import gather_signal, gather_tokens
+from vtc.engine.vision.tiles import take_signal
 from vtc.errors import SpecError, UnsupportedFeatureError
+from vtc.indices import take
 from vtc.kernels import attention_rows, received_attention
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout, Tokens
@@ -107,7 +108,7 @@ class Passage:
         front = torch.arange(self.prefix, device=x.device).expand(len(patches), -1)
         self._order = torch.cat([front, patches], dim=1)
         self._places.append((index - 1, self._order.argsort(dim=1)))
-        return gather_tokens(x, self._order)
+        return take(x, self._order)
 
     def decide(self, index: int, x: Float[Tensor, "T L D"], attention: Attention) -> Float[Tensor, "T R D"]:
         """The sequence after the steps of block `index`."""
@@ -196,7 +197,7 @@ class Passage:
             whole[:, : self.prefix] = x[:, : self.prefix]
             whole[self.rows] = values
             index = self._joined(values.shape[1], before).to(x.device)
-            values = gather_tokens(torch.cat([whole, x], dim=1), index).masked_fill((index < 0)[..., None], 0)
+            values = take(torch.cat([whole, x], dim=1), index).masked_fill((index < 0)[..., None], 0)
         self._bias = self._key_bias(values)
         return values
 
@@ -287,7 +288,7 @@ class Passage:
                 continue
             value = signals[signal.name]
             if local is not None:
-                value = gather_signal(value, local.anchor)
+                value = take_signal(value, local.anchor)
             found[signal.name] = value if value.dim() == 4 else value[:, self.prefix :]
         return found
 

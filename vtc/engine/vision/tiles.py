@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vtc.adapter import Packing
 from vtc.engine.decide import budgets
+from vtc.indices import follow, take
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout
 
@@ -50,10 +51,10 @@ class Groups:
         index = (slot < 0).long().argsort(dim=1, stable=True)[rows, : max(lengths)]
         index = index.masked_fill(torch.arange(index.shape[1]) >= torch.tensor(lengths)[:, None], -1)
         image = tuple(packing.image[g] for g in rows)
-        places = slot[rows].gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
+        places = follow(slot[rows], index)
         index = index.to(x.device)
         return cls(
-            gather_tokens(x[rows], index),
+            take(x[rows], index),
             lengths,
             _group_layout(packing.layout, image, places).to(x.device),
             rows,
@@ -76,11 +77,11 @@ class Groups:
 
     def take(self, value: Tensor) -> Tensor:
         """A signal [G', N], [G', L, N] or [G', H, N, d] of the host's groups for the tokens of these."""
-        return value if self.index is None else gather_signal(value[self.rows], self.index)
+        return value if self.index is None else take_signal(value[self.rows], self.index)
 
     def place(self, anchor: Int[Tensor, "G K"]) -> Int[Tensor, "G K"]:
         """Places in the host's groups of the tokens `anchor`; -1 stays -1."""
-        return anchor if self.index is None else _follow(self.index, anchor)
+        return anchor if self.index is None else follow(self.index, anchor)
 
     def budgets(self, budget: Budget, lengths: tuple[int, ...], layout: Layout | None) -> tuple[int, ...]:
         """Tokens that stay in each group; a number per image or video is shared by its groups, at least 1 for each."""
@@ -107,8 +108,8 @@ class Groups:
         device = token_map.anchor.device
         width, images = max(packing.lengths), len(packing.lengths)
         image = torch.tensor(self.image, device=device)[:, None]
-        slot = _follow(packing.slot.to(device)[self.rows], self.index)
-        anchor = _follow(slot, token_map.anchor)
+        slot = follow(packing.slot.to(device)[self.rows], self.index)
+        anchor = follow(slot, token_map.anchor)
 
         def marked(*slots: Tensor) -> Tensor:
             marks = torch.zeros(images, width + 1, dtype=torch.bool, device=device)
@@ -118,8 +119,8 @@ class Groups:
 
         is_token, named, stays = marked(slot), marked(slot), marked(anchor)
         if packing.separator is not None:
-            separator = _follow(packing.separator.to(device)[self.rows], self.index)
-            named, stays = marked(slot, separator), marked(anchor, _follow(separator, token_map.anchor))
+            separator = follow(packing.separator.to(device)[self.rows], self.index)
+            named, stays = marked(slot, separator), marked(anchor, follow(separator, token_map.anchor))
         inside = torch.arange(width, device=device) < torch.tensor(packing.lengths, device=device)[:, None]
         stays = stays | (inside & ~named)
         counts = stays.sum(1).tolist()
@@ -129,7 +130,7 @@ class Groups:
         if token_map.source is None or token_map.slot is None or token_map.weight is None:
             return TokenMap.select(anchors, width, counts)
         rank = stays.long().cumsum(1) - 1
-        target = _follow(anchor, token_map.slot)
+        target = follow(anchor, token_map.slot)
         target = rank[image, target.clamp(min=0)].masked_fill(target < 0, -1)
         places = torch.arange(width, device=device)
         own = torch.where(stays & ~is_token, rank, -1)  # separators are their own source
@@ -145,31 +146,16 @@ class Groups:
             anchors,
             tuple(counts),
             width,
-            edges(_follow(slot, token_map.source).clamp(min=0), places.expand(images, -1), 0),
+            edges(follow(slot, token_map.source).clamp(min=0), places.expand(images, -1), 0),
             edges(target, own, -1),
             edges(token_map.weight, ones, 0),
             None if mass is None else edges(mass, ones.to(mass.dtype), 0),
         )
 
 
-def gather_tokens(x: Float[Tensor, "G N D"], index: Int[Tensor, "G M"]) -> Float[Tensor, "G M D"]:
-    """Tokens `index` of features; -1 reads token 0."""
-    return x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
-
-
-def gather_signal(value: Tensor, index: Int[Tensor, "G M"]) -> Tensor:
+def take_signal(value: Tensor, index: Int[Tensor, "G M"]) -> Tensor:
     """Tokens `index` of a signal [G, N], [G, L, N] or [G, H, N, d]; -1 reads token 0."""
-    index = index.clamp(min=0)
-    if value.dim() == 2:
-        return value.gather(1, index)
-    if value.dim() == 3:
-        return value.gather(2, index[:, None].expand(-1, value.shape[1], -1))
-    return value.gather(2, index[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
-
-
-def _follow(table: Int[Tensor, "G N"], index: Int[Tensor, "G K"]) -> Int[Tensor, "G K"]:
-    """`table[index]` where index is valid, -1 elsewhere."""
-    return table.gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
+    return take(value, index, min(2, value.dim() - 1))
 
 
 def _group_layout(layout: Layout, image: Sequence[int], places: Int[Tensor, "G M"]) -> Layout:

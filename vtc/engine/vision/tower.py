@@ -20,8 +20,9 @@ from vtc.engine.host.override import Undo
 from vtc.engine.plan import Plan, Step
 from vtc.engine.vision import passage as tower
 from vtc.engine.vision.call import ENCODE, EncodeState
-from vtc.engine.vision.tiles import Groups, gather_tokens
+from vtc.engine.vision.tiles import Groups
 from vtc.errors import BudgetError, UnsupportedFeatureError
+from vtc.indices import take
 from vtc.primitives import topk_keep
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout
@@ -206,7 +207,7 @@ def _owners(encoder: Encoder, state: EncodeState, groups: Groups, tiles: int, pa
     number = torch.eye(tiles, device=device)[:, None].expand(-1, patches, -1)
     made = encoder.pool(number, state.arguments)[groups.rows]
     if groups.index is not None:
-        made = gather_tokens(made, groups.index).masked_fill((groups.index < 0)[..., None], 0)
+        made = take(made, groups.index).masked_fill((groups.index < 0)[..., None], 0)
     return made.sum(dim=1).argmax(dim=0).tolist()
 
 
