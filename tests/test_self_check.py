@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import vtc.eval.cli  # noqa: F401 (adds `vtc doctor`)
 from vtc.cli import app
 from vtc.engine.host import contract
-from vtc.engine.llm import door, layers
+from vtc.engine.llm import exit, layers
 from vtc.engine.llm import held as memory
 from vtc.errors import UnsupportedModelError
 from vtc.testing import self_check
@@ -35,7 +35,7 @@ def test_it_passes_here():
 
 def test_a_cache_that_is_not_remembered(monkeypatch):
     """What transformers 5.24 did to the first version: nothing was noted on the cache."""
-    monkeypatch.setattr(door, "remember", lambda cache, memory: None)
+    monkeypatch.setattr(exit, "remember", lambda cache, memory: None)
     assert failed(self_check("llava", ("sdpa",))) == set(CASES)
 
 
@@ -78,7 +78,7 @@ class TestCommand:
         assert "passed" in shown.output
 
     def test_a_failure_is_an_exit_code(self, monkeypatch):
-        monkeypatch.setattr(door, "remember", lambda cache, memory: None)
+        monkeypatch.setattr(exit, "remember", lambda cache, memory: None)
         shown = CliRunner().invoke(app, ["doctor", "llava", "--self-check"])
         assert shown.exit_code == 1
         assert "failed" in shown.output

@@ -12,7 +12,7 @@ from vtc.companion import ClipCompanion
 from vtc.engine.host import flash
 from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.host.override import Undo
-from vtc.engine.llm import door, layers
+from vtc.engine.llm import door, exit, layers
 from vtc.engine.llm import unmerge as unmerging
 from vtc.engine.llm.evict import held_after_prefill
 from vtc.engine.llm.forward import Forward, cut_forward
@@ -169,7 +169,8 @@ class Handle:
             flash.attach(self._adapter, cut_forward, self._undo)
             if self._plan.unmerge:
                 unmerging.attach(self._adapter, self._undo)
-            door.attach(self._adapter, self._plan, self._record, self._undo)
+            door.attach(self._adapter, self._plan, self._undo)
+            exit.attach(self._adapter, self._plan, self._record, self._undo)
         except BaseException:
             self._uninstall()
             raise
@@ -183,9 +184,10 @@ class Handle:
 
     def _record(self, state: Forward) -> None:
         """Keep what a report needs; the figures are computed when somebody asks."""
-        visual, layout = state.visual, state.layout
-        assert visual is not None and layout is not None
-        cuts, seconds, batch, length = dict(state.visual_lengths), list(state.seconds), state.batch, state.length
+        visual, prompt = state.visual, state.prompt
+        assert visual is not None and prompt is not None and prompt.layout is not None
+        layout, batch, length = prompt.layout, prompt.batch, prompt.length
+        cuts, seconds = dict(state.visual_lengths), list(state.seconds)
         awake = dict(state.awake)
 
         def report() -> Report:

@@ -29,13 +29,15 @@ def locate(state: Forward, encoder: Encoder, encoded: Encoded, located: Visual, 
             raise SignalUnavailableError(
                 f"a stage reads {one.name!r}, which {encoder.modality}s cannot give here: {reason}."
             )
+    prompt = state.prompt
+    assert prompt is not None
     where = torch.tensor(list(images), device=located.column.device)
-    column = torch.where(located.column < 0, state.length, located.column)
+    column = torch.where(located.column < 0, prompt.length, located.column)
     for key, value in encoded.carried.items():
         chosen = value.to(located.column.device)[where][:, : column.shape[1]]
         columns = state.carried.get(key)
         if columns is None:
-            columns = chosen.new_zeros(state.batch, state.length + 1, *chosen.shape[2:])
+            columns = chosen.new_zeros(prompt.batch, prompt.length + 1, *chosen.shape[2:])
         state.carried[key] = columns.index_put((located.sample_index[:, None], column), chosen)
 
 
@@ -43,13 +45,14 @@ def note_text(plan: Plan, state: Forward) -> None:
     """Embed the question of each prompt, where a stage reads that."""
     if plan.companion is None or all(one.name != TEXT for one in plan.carried):
         return
-    assert state.input_ids is not None and state.is_visual is not None
-    place = torch.arange(state.length, device=state.is_visual.device)
-    is_text = ~state.is_visual if state.valid is None else ~state.is_visual & state.valid
-    behind = is_text & (place > torch.where(state.is_visual, place, -1).amax(dim=1, keepdim=True))
-    chosen = torch.where(behind.any(dim=1, keepdim=True), behind, is_text).to(state.input_ids.device)
-    ids = [row[keep].tolist() for row, keep in zip(state.input_ids, chosen, strict=True)]
-    state.carried[TEXT, 0] = plan.companion.text_embeds(ids, state.is_visual.device)
+    prompt = state.prompt
+    assert prompt is not None and prompt.ids is not None and prompt.is_visual is not None
+    place = torch.arange(prompt.length, device=prompt.device)
+    is_text = prompt.text()
+    behind = is_text & (place > torch.where(prompt.is_visual, place, -1).amax(dim=1, keepdim=True))
+    chosen = torch.where(behind.any(dim=1, keepdim=True), behind, is_text).to(prompt.ids.device)
+    ids = [row[keep].tolist() for row, keep in zip(prompt.ids, chosen, strict=True)]
+    state.carried[TEXT, 0] = plan.companion.text_embeds(ids, prompt.device)
 
 
 def collect(step: Step, state: Forward, visual: Visual) -> dict[str, Tensor]:

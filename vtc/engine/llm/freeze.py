@@ -15,9 +15,11 @@ from vtc.engine.decide import run_step, stopwatch
 from vtc.engine.host import masks, names
 from vtc.engine.host.cache import Prepended
 from vtc.engine.host.rotary import rotate
-from vtc.engine.llm.forward import FORWARD, Forward, compact_columns, lookup, put, take
+from vtc.engine.llm.forward import FORWARD, Forward
+from vtc.engine.llm.rows import Rows
 from vtc.engine.plan import Step
 from vtc.errors import SpecError
+from vtc.indices import compact, put, take, take_positions
 
 
 def enter(
@@ -28,23 +30,22 @@ def enter(
     Raises:
         SpecError: the stage merges tokens.
     """
-    visual = state.visual
-    assert visual is not None
+    rows = state.rows
+    assert rows is not None and rows.visual is not None
+    visual, batch, length = rows.visual, rows.prompt.batch, rows.prompt.length
     with stopwatch(hidden.device) as watch:
-        tokens = visual.tokens(hidden, step.budget, {}, state.row_of, step.stage.schedule)
+        tokens = visual.tokens(hidden, step.budget, {}, rows.row_of, step.stage.schedule)
         token_map = run_step(step, tokens)
         if not token_map.is_selection:
             raise SpecError(f"{step} merges tokens, but frozen ones stay what they are. Use leave='drop'.")
         awake = visual.follow(token_map)
-        was_visual = visual.is_kept(state.batch, state.length)
-        is_frozen = was_visual & ~awake.is_kept(state.batch, state.length)
-        column = state.columns()
-        frozen_row = is_frozen.gather(1, column.clamp(min=0)) & (column >= 0)
-        live_row = state.valid_rows() & ~frozen_row
-        counts = [n - m for n, m in zip(visual.per_sample(state.batch), awake.per_sample(state.batch), strict=True)]
-        total = state.valid_totals()
-        frozen = compact_columns(frozen_row, counts)
-        live = compact_columns(live_row, [n - m for n, m in zip(total, counts, strict=True)])
+        is_frozen = visual.is_kept(batch, length) & ~awake.is_kept(batch, length)
+        frozen_row = take(is_frozen, rows.columns) & (rows.columns >= 0)
+        live_row = rows.valid & ~frozen_row
+        counts = [n - m for n, m in zip(visual.per_sample(batch), awake.per_sample(batch), strict=True)]
+        total = rows.totals
+        frozen = compact(frozen_row, counts)
+        live = compact(live_row, [n - m for n, m in zip(total, counts, strict=True)])
         cos, sin = kwargs[names.POSITION_EMBEDDINGS]
         keys, values = adapter.keys_values(index, take(hidden, frozen))
         keys = rotate(keys, take(cos, frozen), take(sin, frozen)).to(values.dtype)
@@ -53,17 +54,14 @@ def enter(
         word, cache = names.find_cache(layer, kwargs)
         cut: dict[str, Any] = {
             names.POSITION_EMBEDDINGS: (take(cos, live), take(sin, live)),
-            names.ATTENTION_MASK: _mask(adapter, state, index, mask, live, order, hidden.dtype),
+            names.ATTENTION_MASK: _mask(adapter, rows, index, mask, live, order, hidden.dtype),
             word or names.cache_words(layer)[0]: Prepended(cache, keys, values),
         }
         if kwargs.get(names.POSITION_IDS) is not None:
-            cut[names.POSITION_IDS] = take(kwargs[names.POSITION_IDS], live, dim=-1)
-        before = state.layer_state[index]
-        place = order if before.place is None else lookup(before.place, order)
-        ragged = len(set(counts)) > 1 or len(set(total)) > 1
-        state.layer_state[index] = before._replace(column=lookup(column, order), place=place, ragged=ragged)
+            cut[names.POSITION_IDS] = take_positions(kwargs[names.POSITION_IDS], live)
+        state.seen[index] = rows.ordered(order, ragged=len(set(counts)) > 1 or len(set(total)) > 1)
         state.live[index] = hidden, live
-        state.awake[index] = awake.per_sample(state.batch)
+        state.awake[index] = awake.per_sample(batch)
     state.seconds.append((str(step.stage.site), watch))
     return take(hidden, live), {**kwargs, **cut}
 
@@ -78,12 +76,13 @@ def leave(index: int, module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _mask(
-    adapter: Adapter, state: Forward, index: int, mask: Any, live: Tensor, order: Tensor, dtype: torch.dtype
+    adapter: Adapter, rows: Rows, index: int, mask: Any, live: Tensor, order: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """[B, 1, live, held + frozen + live] of layer `index`."""
-    held = state.held if state.memory is None else state.memory.column(index, state.dense).shape[1]
-    columns = torch.cat([state.arange(held), torch.where(order < 0, -1, order + held)], dim=1)
-    masks.check_width(mask, held + state.rows)
+    prompt = rows.prompt
+    held = prompt.held if prompt.memory is None else prompt.memory.layers[index].entries
+    columns = torch.cat([prompt.arange(held), torch.where(order < 0, -1, order + held)], dim=1)
+    masks.check_width(mask, held + rows.count)
     if mask is not None:
         return masks.cut(mask, live, columns)
     # no mask: plain causal over the rows, every one of them a token

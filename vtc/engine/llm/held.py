@@ -4,10 +4,11 @@ Host code sees the *logical* length, as if nothing had been dropped: positions, 
 on unchanged. Masks are sized by what each layer really holds.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,18 @@ from vtc.engine.handover import ATTRIBUTE
 from vtc.engine.host import cache as host
 from vtc.engine.plan import Plan
 from vtc.errors import StateError, UnsupportedFeatureError
+from vtc.indices import follow, invert, take
+
+
+class Appended(NamedTuple):
+    """Entries behind those that were decided about: how many, and the first one's column and place."""
+
+    number: int = 0
+    column: int = 0
+    place: int = 0
+
+
+NOTHING = Appended()
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +42,7 @@ class Held:
         ragged: whether there is padding that no mask of the host knows.
         shift: int64 [B], how far this layer moves positions beyond `Memory.shift`; None: not at all.
         bias: float32 [B, K], log(size) of each entry (`size_bias`); None: 0 for all.
+        appended: entries that the layer got since, which no decision was about.
     """
 
     column: Int[Tensor, "B K"]
@@ -36,16 +50,43 @@ class Held:
     ragged: bool
     shift: Int[Tensor, " B"] | None = None
     bias: Float[Tensor, "B K"] | None = None
+    appended: Appended = NOTHING
+
+    @property
+    def entries(self) -> int:
+        """How many there are, those appended included."""
+        return self.column.shape[1] + self.appended.number
+
+    @functools.cached_property
+    def columns(self) -> Int[Tensor, "B N"]:
+        """`column` of all entries."""
+        return _extend(self.column, self.appended.column, self.appended.number)
+
+    @functools.cached_property
+    def places(self) -> Int[Tensor, "B N"] | None:
+        """`place` of all entries."""
+        return None if self.place is None else _extend(self.place, self.appended.place, self.appended.number)
+
+    @functools.cached_property
+    def biases(self) -> Float[Tensor, "B N"] | None:
+        """`bias` of all entries."""
+        return None if self.bias is None else torch.nn.functional.pad(self.bias, (0, self.appended.number))
+
+    def chosen(self, entries: Int[Tensor, "B K"], ragged: bool) -> "Held":
+        """What is held once the layer keeps `entries` of these alone; -1 is padding."""
+        place = entries if self.places is None else follow(self.places, entries)
+        bias = None if self.biases is None else take(self.biases, entries)
+        return Held(follow(self.columns, entries), place, ragged or self.ragged, self.shift, bias)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Memory:
-    """The compressed part of a cache; tokens that were appended later are dense in every layer.
+    """What each layer of a cache holds, up to the last token that something was decided about.
 
     Args:
         plan: whose decisions these are.
-        length: logical columns that the compressed part covers.
-        layers: what each layer holds of it.
+        length: logical columns that are covered.
+        layers: what each layer holds of them.
         shift: int64 [B], how far positions were moved together (`positions="compact"`).
     """
 
@@ -59,24 +100,31 @@ class Memory:
         """The entries that masks of the host are sized by."""
         return self.layers[self.plan.reference]
 
-    @property
-    def entries(self) -> int:
-        """Compressed entries of the reference layer."""
-        return self.reference.column.shape[1]
+    def grown(self, entries: int) -> "Memory":
+        """The same, with what every layer got since: the reference layer has `entries` by now."""
+        place = self.reference.column.shape[1]
+        more = Appended(entries - place, self.length, place)
+        if not more.number:
+            return self
+        layers = each(self.layers, lambda held: replace(held, appended=more))
+        return replace(self, length=self.length + more.number, layers=layers)
 
-    def column(self, layer: int, dense: int) -> Int[Tensor, "B K"]:
-        """Logical column of every entry of `layer`, `dense` appended ones included."""
-        return _extend(self.layers[layer].column, self.length, dense)
+    def cut(self, cache: Any, kept: Mapping[int, tuple[Int[Tensor, "B K"], bool]]) -> "Memory":
+        """Let layers keep some of their entries alone, in `cache` and in what is noted of it.
 
-    def place(self, layer: int, dense: int) -> Int[Tensor, "B K"] | None:
-        """Place of every entry of `layer` among those of the reference layer; None where they are the same."""
-        place = self.layers[layer].place
-        return None if place is None else _extend(place, self.entries, dense)
-
-    def bias(self, layer: int, dense: int) -> Float[Tensor, "B K"] | None:
-        """log(size) of every entry of `layer`; None: 0 for all."""
-        bias = self.layers[layer].bias
-        return None if bias is None else torch.nn.functional.pad(bias, (0, dense))
+        `kept`: layer -> the entries that stay, -1 is padding, and whether no mask of the host knows that padding.
+        """
+        layers = list(self.layers)
+        for index, (entries, ragged) in kept.items():
+            host.select(cache, index, entries)
+            layers[index] = layers[index].chosen(entries, ragged)
+        reference = layers[self.plan.reference]
+        if reference is not self.reference or self.plan.reference in self.plan.frozen:
+            # places are counted among the entries of this layer, which are others now, or in another order
+            where = invert(reference.columns, self.length)
+            placed = [None if held is reference else follow(where, held.columns) for held in layers]
+            layers = [replace(held, place=place) for held, place in zip(layers, placed, strict=True)]
+        return replace(self, layers=tuple(layers))
 
 
 #: the memory that the running forward of a patched model follows
@@ -97,7 +145,7 @@ def memory_of(cache: Any, plan: Plan, batch: int) -> Memory | None:
             "this KV cache was compressed under another patch (or was pickled, which cuts its tie to the patch). "
             "Continue under the patch that made it, or start with a new cache."
         )
-    made_for = memory.reference.column.shape[0]
+    made_for = len(memory.reference.column)
     if made_for != batch:
         raise StateError(
             f"this compressed KV cache was made for {made_for} prompts and is used for {batch}. "
@@ -191,7 +239,7 @@ def _select(cache: Any, samples: Int[Tensor, " J"]) -> None:
         place, shift, bias = (_rows(part, samples) for part in (held.place, held.shift, held.bias))
         return replace(held, column=held.column[samples.to(held.column.device)], place=place, shift=shift, bias=bias)
 
-    changed = replace(memory, layers=_each(memory.layers, chosen), shift=_rows(memory.shift, samples))
+    changed = replace(memory, layers=each(memory.layers, chosen), shift=_rows(memory.shift, samples))
     setattr(cache, ATTRIBUTE, changed)
 
 
@@ -212,10 +260,10 @@ def _cropped(memory: Memory, surplus: int) -> Memory:
         place, bias = (None if part is None else part[:, :-surplus] for part in (held.place, held.bias))
         return replace(held, column=held.column[:, :-surplus], place=place, bias=bias)
 
-    return replace(memory, length=memory.length - surplus, layers=_each(memory.layers, shorter))
+    return replace(memory, length=memory.length - surplus, layers=each(memory.layers, shorter))
 
 
-def _each(layers: tuple[Held, ...], change: Callable[[Held], Held]) -> tuple[Held, ...]:
+def each(layers: tuple[Held, ...], change: Callable[[Held], Held]) -> tuple[Held, ...]:
     """`change` of every layer; those that share their entries go on sharing them."""
     made = {id(held): change(held) for held in {id(held): held for held in layers}.values()}
     return tuple(made[id(held)] for held in layers)

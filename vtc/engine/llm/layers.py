@@ -15,14 +15,15 @@ from vtc.engine.decide import stopwatch
 from vtc.engine.host import contract, masks, names
 from vtc.engine.host.halves import silence, silenced
 from vtc.engine.host.override import Undo
-from vtc.engine.llm import freeze
+from vtc.engine.llm import freeze, sizes
 from vtc.engine.llm import signals as layer_signals
-from vtc.engine.llm import sizes as size_bias
-from vtc.engine.llm.forward import FORWARD, Forward, LayerState, cut_forward, lookup, take
+from vtc.engine.llm.forward import Forward, Parked, compressed_forward, cut_forward
 from vtc.engine.llm.held import Held
+from vtc.engine.llm.rows import Rows
 from vtc.engine.plan import Plan, Step, layer_of
 from vtc.engine.refusals import check_biased
 from vtc.errors import SpecError, StateError
+from vtc.indices import take, take_positions
 
 
 def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
@@ -54,38 +55,39 @@ def _check_handed_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> No
         StateError: it gets something else.
     """
     state = cut_forward()
-    if state is None:
+    if state is None or state.rows is None:
         return
+    made = state.rows.prompt.cache
     found, cache = names.find_cache(module, kwargs)
-    if state.cache is not None and (not found or cache is not state.cache):
+    if made is not None and (not found or cache is not made):
         raise StateError(
             f"{type(module).__name__} did not get the KV cache by a word that vtc knows "
             f"({' or '.join(names.CACHE_WORDS)}), but the arguments {', '.join(sorted(kwargs))}. {contract.REPORT_IT}"
         )
     rows, angles = names.hidden_argument(args, kwargs).shape[1], kwargs[names.POSITION_EMBEDDINGS][0].shape[-2]
-    if rows != state.rows or angles != state.rows:
+    if rows != state.rows.count or angles != state.rows.count:
         raise StateError(
-            f"{type(module).__name__} got {rows} tokens and rotations for {angles}, and {state.rows} went in at the "
-            f"door. {contract.REPORT_IT}"
+            f"{type(module).__name__} got {rows} tokens and rotations for {angles}, and {state.rows.count} went in at "
+            f"the door. {contract.REPORT_IT}"
         )
 
 
 def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Pre-hook of decoder layer `index`."""
     state = cut_forward()
-    if state is None:
+    if state is None or state.rows is None:
         return None
     hidden = names.hidden_argument(args, kwargs)
     if state.parked is not None and state.parked.until == index:
-        hidden = state.restore(hidden)
-        _note_lengths(state, index)
+        hidden = state.unpark(hidden)
+        state.note_lengths(index)
     steps = plan.at("layer", index) if state.visual is not None else ()
     for step in steps:
         if step.stage.leave != "freeze" and not step.stage.before_mlp:
             own = functools.partial(_own_arguments, adapter, plan, state, index, hidden, kwargs)
             hidden = _run(adapter, step, index, state, hidden, own)
     cut = {**kwargs, **_arguments(adapter, plan, state, index, hidden, kwargs)}
-    state.layer_state[index] = _layer_state(plan, state, index)
+    state.seen[index] = state.rows
     for step in steps:
         if step.stage.leave == "freeze":
             hidden, cut = freeze.enter(adapter, step, index, state, hidden, cut)
@@ -104,7 +106,7 @@ def _run_halves(
     **kwargs: Any,
 ) -> Any:
     """The `forward` of layer `index` with the steps of the next one between its attention and its MLP."""
-    state = FORWARD.get()
+    state = compressed_forward()
     if state is None or state.visual is None or not any(state.visual.lengths):
         return original(hidden, *args, **kwargs)
     with silence(mlp):
@@ -128,108 +130,82 @@ def _own_arguments(
 def _run(
     adapter: Adapter, step: Step, index: int, state: Forward, hidden: Tensor, own: layer_signals.Arguments
 ) -> Tensor:
-    before = state.visual
-    assert before is not None
-    if not any(before.lengths):
+    rows, door = state.rows, state.door
+    assert rows is not None and rows.visual is not None and door is not None
+    if not any(rows.visual.lengths):
         return hidden  # an earlier stage dropped everything
     with stopwatch(hidden.device) as watch:
-        visual = before.pooled() if step.stage.pool == "sample" else before
+        visual = rows.visual.pooled() if step.stage.pool == "sample" else rows.visual
         signals = layer_signals.collect(adapter, step, index, state, visual, hidden, own)
-        tokens = visual.tokens(hidden, step.budget, signals, state.row_of, step.stage.schedule)
+        tokens = visual.tokens(hidden, step.budget, signals, rows.row_of, step.stage.schedule)
+        left, merged = visual.decide(step, tokens, hidden, rows.row_of)
         parks = step.stage.leave == "park"
-        rows, row_of, current = hidden, state.row_of, before.per_sample(state.batch)
-        state.visual, hidden = visual.decide(step, tokens, hidden, state.row_of)
-        state.shared.clear()  # sizes may have changed, also where the number has not
-        if parks and hidden is not rows:
+        if parks and merged is not hidden:
             raise SpecError(f"{step} merges tokens, but parked ones come back as they were. Use leave='drop'.")
-        if state.visual.per_sample(state.batch) != current:
+        after, hidden = rows.with_visual(left), merged
+        if left.per_sample(rows.prompt.batch) != rows.visual.per_sample(rows.prompt.batch):
             if parks:
                 assert step.stage.until is not None
-                state.park(hidden, before, int(step.stage.until))
-            state.shorten()
-            hidden = take(hidden, lookup(row_of, state.columns()))
-            state.place = lookup(state.door_row_of, state.columns())
+                state.parked = Parked(int(step.stage.until), hidden, rows)
+            after = after.cut(door)
+            hidden = take(hidden, after.within(rows))
+        state.go_on(after)  # sizes may have changed, also where the number has not
     state.seconds.append((str(step.stage.site), watch))
-    _note_lengths(state, index)
+    state.note_lengths(index)
     return hidden
-
-
-def _note_lengths(state: Forward, index: int) -> None:
-    assert state.visual is not None
-    state.visual_lengths[index] = state.visual.per_sample(state.batch)
 
 
 def _arguments(
     adapter: Adapter, plan: Plan, state: Forward, index: int, hidden: Tensor, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """The arguments of layer `index`, cut to the rows and entries that it has; empty where nothing changes."""
-    before = state.memory.layers[index] if state.memory is not None else None
-    is_whole = state.place is None and (before is None or (before.place is None and before.shift is None))
+    rows = state.rows
+    assert rows is not None
+    prompt, place = rows.prompt, rows.place
+    before = prompt.memory.layers[index] if prompt.memory is not None else None
+    is_whole = place is None and (before is None or (before.place is None and before.shift is None))
     if is_whole and not plan.size_bias:
         return {}
     # layers of different kinds (sliding window, local RoPE) get different masks and rotations
     key = id(before), id(kwargs.get(names.ATTENTION_MASK)), id(kwargs[names.POSITION_EMBEDDINGS])
     if key in state.shared:
         return state.shared[key]
-    bias = size_bias.of_layer(state, index, _layer_state(plan, state, index))
+    bias = sizes.of_layer(plan, index, rows)
     if is_whole and bias is None:
         return state.shared.setdefault(key, {})
     cut: dict[str, Any] = {}
-    place = state.place
     if place is not None:
         cut[names.POSITION_EMBEDDINGS] = tuple(take(part, place) for part in kwargs[names.POSITION_EMBEDDINGS])
         if kwargs.get(names.POSITION_IDS) is not None:
-            cut[names.POSITION_IDS] = take(kwargs[names.POSITION_IDS], place, dim=-1)
+            cut[names.POSITION_IDS] = take_positions(kwargs[names.POSITION_IDS], place)
     if plan.positions == "renumber":
-        positions = _renumbered(state, before)
+        positions = _renumbered(state, rows, before)
         cut[names.POSITION_EMBEDDINGS] = adapter.rotation(hidden, positions)
         if kwargs.get(names.POSITION_IDS) is not None:
             cut[names.POSITION_IDS] = positions
-    held = state.memory.place(index, state.dense) if state.memory is not None else None
-    held = state.arange(state.held) if held is None else held
-    new = state.arange(state.rows) if place is None else place
-    columns = torch.cat([held, torch.where(new < 0, -1, new + state.held)], dim=1)
+    assert state.door is not None
     mask, implementation = kwargs.get(names.ATTENTION_MASK), names.attention_of(adapter.text_config)
-    masks.check_width(mask, state.held + state.door_rows)
+    masks.check_width(mask, prompt.held + state.door.count)
+    held = None if before is None else before.places
+    held = prompt.arange(prompt.held) if held is None else held
+    new = prompt.arange(rows.count) if place is None else place
+    columns = torch.cat([held, torch.where(new < 0, -1, new + prompt.held)], dim=1)
     if mask is not None:
         cut[names.ATTENTION_MASK] = masks.cut(mask, place, columns)
-    elif bias is not None or state.ragged or (before is not None and before.ragged):
-        cut[names.ATTENTION_MASK] = masks.causal(columns >= 0, state.rows, hidden.dtype, implementation)
+    elif bias is not None or rows.ragged or (before is not None and before.ragged):
+        cut[names.ATTENTION_MASK] = masks.causal(columns >= 0, rows.count, hidden.dtype, implementation)
     if bias is not None:
         check_biased(implementation)
-        cut[names.ATTENTION_MASK] = size_bias.added(cut[names.ATTENTION_MASK], bias, hidden.dtype)
+        cut[names.ATTENTION_MASK] = sizes.added(cut[names.ATTENTION_MASK], bias, hidden.dtype)
     state.shared[key] = cut
     return cut
 
 
-def _renumbered(state: Forward, before: Held | None) -> Tensor:
+def _renumbered(state: Forward, rows: Rows, before: Held | None) -> Tensor:
     """Positions of the current rows, counted without the tokens that are gone by now."""
-    assert state.positions is not None
+    assert state.positions is not None and state.door is not None
     positions = state.positions
-    if state.place is not None:
-        gone = lookup(state.door_rank, state.place.clamp(min=0)) - _rank(state)
-        positions = take(positions, state.place, dim=-1) - gone
+    if rows.place is not None:
+        gone = take(state.door.rank, rows.place) - rows.rank
+        positions = take_positions(positions, rows.place) - gone
     return positions if before is None or before.shift is None else positions - before.shift[:, None]
-
-
-def _rank(state: Forward) -> Tensor:
-    """How many tokens stand before each current row."""
-    valid = state.valid_rows().long()
-    return valid.cumsum(1) - valid
-
-
-def _layer_state(plan: Plan, state: Forward, index: int) -> LayerState:
-    """What layer `index` sees of the new tokens if it runs now."""
-    return LayerState(state.column, state.place, state.ragged, _shift(plan, state, index), state.visual)
-
-
-def _shift(plan: Plan, state: Forward, index: int) -> Tensor | None:
-    """How far layer `index` moves the positions of tokens that come later, beyond what the door moves them."""
-    if plan.positions != "renumber":
-        return None
-    before = state.memory.layers[index].shift if state.memory is not None else None
-    if state.place is None:
-        return before
-    assert state.door_valid is not None
-    gone = state.door_valid - state.valid_rows().sum(1)
-    return gone if before is None else gone + before

@@ -19,12 +19,13 @@ from vtc.engine.host import cache as host
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
 from vtc.engine.host.rotary import rotate
-from vtc.engine.llm import carried
-from vtc.engine.llm import sizes as size_bias
-from vtc.engine.llm.forward import FORWARD, Forward, LayerState, inverse_columns, lookup, take
+from vtc.engine.llm import carried, sizes
+from vtc.engine.llm.forward import Forward, compressed_forward
+from vtc.engine.llm.rows import Rows
 from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import ATTENTION_SIGNALS, OUTPUTS, Plan, Step, source_layer
 from vtc.errors import UnsupportedFeatureError
+from vtc.indices import follow, take
 from vtc.kernels import attention_rows, received_attention
 
 #: what a layer at the site would get, cut to the rows that enter it
@@ -61,7 +62,7 @@ def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
 def note_door(plan: Plan, state: Forward, visual: Visual, embeds: Tensor) -> None:
     """Keep what enters the LLM, where a stage in its layers reads that."""
     if any(signal.name in DOOR for index in plan.layers for signal in plan.signals("layer", index)):
-        state.door_embeds, state.door_visual = embeds, visual.pooled()
+        state.embeds, state.embedded = embeds, visual.pooled()
 
 
 def collect(
@@ -69,23 +70,25 @@ def collect(
 ) -> dict[str, Tensor]:
     """The signals that the stage of `step` at layer `index` declares, aligned with the tokens of `visual`."""
     found = carried.collect(step, state, visual)
-    rows, sample = visual.rows(state.row_of), visual.sample_index
+    now = state.rows
+    assert now is not None
+    rows, sample = visual.rows(now.row_of), visual.sample_index
     needed = {signal.name for signal in step.stage.signals}
     if "position" in needed:
-        found["position"] = torch.where(visual.column < 0, -1, visual.column + state.past)
+        found["position"] = torch.where(visual.column < 0, -1, visual.column + now.prompt.past)
     if "normed_states" in needed:
-        found["normed_states"] = adapter.final_norm(visual.gather(hidden, state.row_of))
-    text, is_text = _text_rows(state, visual)
-    text_column = lookup(state.columns(), text)
+        found["normed_states"] = adapter.final_norm(visual.gather(hidden, now.row_of))
+    text, is_text = _text_rows(now, visual)
+    text_column = follow(now.columns, text)
     if any(name.startswith("text_") or name.endswith("_to_text") for name in needed):
         found["text_mask"] = is_text[sample]
         found["text_after"] = text[sample] > rows.max(dim=1, keepdim=True).values
-        found["text_position"] = text_column[sample] + state.past
+        found["text_position"] = text_column[sample] + now.prompt.past
     if "text_states" in needed:
         found["text_states"] = adapter.final_norm(take(hidden, text))[sample]
     if "text_embeds" in needed:
-        assert state.door_embeds is not None
-        found["text_embeds"] = take(state.door_embeds, text_column)[sample]
+        assert state.embeds is not None
+        found["text_embeds"] = take(state.embeds, text_column)[sample]
     if "visual_embeds" in needed:
         found.update(_door_embeds(state, sample))
     for signal in step.stage.signals:
@@ -93,9 +96,9 @@ def collect(
         if layer is None:
             continue
         if layer < index:
-            source = Source(adapter, state, layer, _row_of(state, layer))
+            source = Source(adapter, state, layer, _seen(state, layer))
         else:
-            source = Source(adapter, state, layer, state.row_of, hidden, own)
+            source = Source(adapter, state, layer, now, hidden, own)
         places = Places(source, visual, sample, text_column, is_text)
         if signal.name in OUTPUTS:
             value = hidden if layer == index else state.captured[layer, signal.name]
@@ -111,7 +114,7 @@ class Source:
 
     Args:
         layer: which one.
-        row_of: [B, S], columns of the prompt -> its rows; None: all columns.
+        rows: those that it sees, in the order of its keys.
         hidden: what enters it, where it has not run yet; None: it has, and was captured.
         own: its arguments, where it has not run yet.
     """
@@ -119,7 +122,7 @@ class Source:
     adapter: Adapter
     state: Forward
     layer: int
-    row_of: Tensor | None
+    rows: Rows
     hidden: Tensor | None = None
     own: Arguments | None = None
 
@@ -130,7 +133,7 @@ class Source:
     @functools.cached_property
     def arguments(self) -> Mapping[str, Any]:
         """What the layer gets beside the states."""
-        return self.own() if self.own is not None else self.state.layer_arguments[self.layer]
+        return self.own() if self.own is not None else self.state.arguments[self.layer]
 
     def plain_queries(self, rows: Int[Tensor, "B Q"] | None = None) -> Float[Tensor, "B H Q d"]:
         """Queries of `rows` (None: all) before RoPE."""
@@ -162,23 +165,16 @@ class Source:
     @functools.cached_property
     def all_keys(self) -> Float[Tensor, "B G K d"]:
         """The same behind the keys of earlier calls."""
-        if not self.state.held:
+        prompt = self.rows.prompt
+        if not prompt.held:
             return self.keys
-        cached: Tensor = host.keys(self.state.cache, self.layer)
+        cached: Tensor = host.keys(prompt.cache, self.layer)
         return cached if self.hidden is None else torch.cat([cached, self.keys.to(cached.dtype)], dim=2)
 
     @functools.cached_property
     def valid(self) -> Bool[Tensor, "B R"]:
         """Which rows of this call are neither padding nor candidates of assisted decoding."""
-        state = self.state
-        if self.row_of is None:
-            column = state.arange(state.length)
-        elif self.hidden is not None:
-            column = state.columns()
-        else:
-            column = _column(state, self.layer)
-        valid = (column >= 0) & (column < state.length - state.candidates)
-        return valid if state.valid is None else valid & state.valid.gather(1, column.clamp(min=0))
+        return self.rows.readable
 
     def visible(self, rows: Int[Tensor, "B Q"]) -> Bool[Tensor, "B Q K"]:
         """What `rows` see of all keys, by the mask that the layer gets."""
@@ -186,19 +182,16 @@ class Source:
         keys, new = self.all_keys.shape[2], self.keys.shape[2]
         if mask is not None and mask.dim() == 4:
             mask = mask[:, 0].expand(rows.shape[0], -1, -1)
-            mask = mask.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, mask.shape[2]))
-            return size_bias.readable(mask)
+            mask = take(mask, rows)
+            return sizes.readable(mask)
         order = torch.arange(keys, device=rows.device)
         seen = order <= rows.clamp(min=0)[..., None] + keys - new
         return seen if mask is None else seen & mask.bool()[:, None]
 
     def biased(self, queries: Float[Tensor, "B H Q d"], keys: Float[Tensor, "B G K d"]) -> tuple[Tensor, Tensor]:
         """Queries and keys of all samples, whose products hold what the layer adds to the logits of each key."""
-        state = self.state
-        seen = LayerState(state.column, None, False, visual=state.visual)
-        if self.hidden is None:
-            seen = state.layer_state.get(self.layer, seen)
-        return size_bias.in_products(queries, keys, size_bias.of_layer(state, self.layer, seen), self.scale)
+        bias = sizes.of_layer(self.state.plan, self.layer, self.rows)
+        return sizes.in_products(queries, keys, bias, self.scale)
 
     def attention(self, rows: Int[Tensor, "B Q"], reduce_heads: bool = True) -> Tensor:
         """Probability that each of `rows` gives the rows of this call, [B, Q, R] (mean) or [B, H, Q, R]."""
@@ -228,20 +221,17 @@ class Places:
     @functools.cached_property
     def rows(self) -> Int[Tensor, "G N"]:
         """Rows of the visual tokens, -1 where the layer did not see one."""
-        return self.visual.rows(self.source.row_of)
+        return self.visual.rows(self.source.rows.row_of)
 
     @functools.cached_property
     def text(self) -> Int[Tensor, "B T"]:
-        return lookup(self.source.row_of, self.text_column)
+        return follow(self.source.rows.row_of, self.text_column)
 
     def tokens(self, value: Tensor, dim: int) -> Tensor:
         """`value` [B, ...] of all rows (along `dim`) for the visual tokens; zeros where the layer did not see one."""
-        value = value[self.sample]
-        shape = [1] * value.dim()
-        shape[0], shape[dim] = self.rows.shape
-        index = self.rows.view(shape)
-        wanted = [n if i not in (0, dim) else index.shape[i] for i, n in enumerate(value.shape)]
-        return value.gather(dim, index.clamp(min=0).expand(wanted)).masked_fill(index < 0, 0)
+        value, index = value[self.sample], self.rows
+        missing = (index < 0).view(len(index), *[1] * (dim - 1), -1, *[1] * (value.dim() - dim - 1))
+        return take(value, index, dim).masked_fill(missing, 0)
 
     def read(self, name: str, rows: str) -> dict[str, Tensor]:
         """The signal `name`, with what belongs to it."""
@@ -277,9 +267,9 @@ class Places:
 
     def _query_rows(self, name: str, rows: str) -> Float[Tensor, "B R"]:
         """What the query rows give each row of this call, mean over heads (and rows)."""
-        source, state = self.source, self.source.state
+        source = self.source
         if rows == "mean":
-            if state.held:
+            if source.rows.prompt.held:
                 raise UnsupportedFeatureError(
                     "query rows 'mean' need every query of the prompt, but part of it is in the cache. "
                     "Use query='last', or start without a cache."
@@ -312,12 +302,11 @@ class Places:
         every, keys = source.biased(source.queries(), source.all_keys)
         queries, keys = _rows(every[self.sample], self.rows), keys[self.sample]
         visible = source.visible(self._every_row())[self.sample]
-        visible = visible.gather(1, self.rows.clamp(min=0)[..., None].expand(-1, -1, visible.shape[2]))
+        visible = take(visible, self.rows)
         given = attention_rows(queries, keys, mask=visible, scale=source.scale)
         given = given[..., -source.keys.shape[2] :]
-        index = self.text[self.sample][:, None].clamp(min=0).expand(-1, given.shape[1], -1)
         seen = (self.rows >= 0)[..., None] & self.is_text[self.sample][:, None]
-        return given.gather(2, index) * seen
+        return take(given, self.text[self.sample], 2) * seen
 
     def _global(self) -> Float[Tensor, "B R"]:
         """Attention of the mean query of all rows up to the last visual one, among them and without RoPE."""
@@ -341,24 +330,24 @@ class Places:
 def _rows(heads: Float[Tensor, "B H R d"], rows: Int[Tensor, "B Q"] | None) -> Float[Tensor, "B H Q d"]:
     if rows is None:
         return heads
-    return heads.gather(2, rows.clamp(min=0)[:, None, :, None].expand(-1, heads.shape[1], -1, heads.shape[3]))
+    return take(heads, rows, 2)
 
 
-def _text_rows(state: Forward, visual: Visual) -> tuple[Tensor, Tensor]:
+def _text_rows(rows: Rows, visual: Visual) -> tuple[Tensor, Tensor]:
     """Rows of the text tokens, in order, and which of them are valid; the width holds the longest text."""
-    assert state.is_visual is not None
-    column = state.columns()
-    is_text = state.read_rows() & ~state.is_visual.gather(1, column.clamp(min=0))
-    width = state.length - min(visual.per_sample(state.batch, [sum(images) for images in visual.origin]))
+    prompt = rows.prompt
+    assert prompt.is_visual is not None
+    is_text = rows.readable & ~take(prompt.is_visual, rows.columns)
+    width = prompt.length - min(visual.per_sample(prompt.batch, [sum(images) for images in visual.origin]))
     order = (~is_text).long().argsort(dim=1, stable=True)[:, :width]
     return order, is_text.gather(1, order)
 
 
 def _door_embeds(state: Forward, sample: Tensor) -> dict[str, Tensor]:
     """Embeddings of every visual token of the sample that entered the LLM."""
-    visual, embeds = state.door_visual, state.door_embeds
+    visual, embeds = state.embedded, state.embeds
     assert visual is not None and embeds is not None
-    where = torch.zeros(state.batch, dtype=torch.long, device=sample.device)
+    where = torch.zeros(len(embeds), dtype=torch.long, device=sample.device)
     where[visual.sample_index] = torch.arange(len(visual.sample), device=sample.device)
     return {
         "visual_embeds": visual.gather(embeds)[where[sample]],
@@ -366,21 +355,16 @@ def _door_embeds(state: Forward, sample: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _column(state: Forward, layer: int) -> Int[Tensor, "B R"]:
-    """Columns of the rows that `layer`, which has run, saw."""
-    seen = state.layer_state.get(layer)
-    column = state.door_column if seen is None else seen.column
-    return state.arange(state.length) if column is None else column
-
-
-def _row_of(state: Forward, layer: int) -> Int[Tensor, "B S"]:
-    """Columns of the prompt -> rows of `layer`, which has run."""
-    return inverse_columns(_column(state, layer), state.length)
+def _seen(state: Forward, layer: int) -> Rows:
+    """The rows that `layer`, which has run, saw."""
+    rows = state.seen.get(layer, state.door)
+    assert rows is not None
+    return rows
 
 
 def _capture(layer: int, name: str, module: nn.Module, args: Any, output: Any) -> None:
-    state = FORWARD.get()
-    if state is not None and state.visual is not None:
+    state = compressed_forward()
+    if state is not None:
         state.captured[layer, name] = names.first_of(output)
 
 
@@ -389,6 +373,6 @@ def _capture_input(layer: int, name: str, module: nn.Module, args: Any) -> None:
 
 
 def _capture_arguments(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    state = FORWARD.get()
-    if state is not None and state.visual is not None:
-        state.layer_arguments[layer] = kwargs
+    state = compressed_forward()
+    if state is not None:
+        state.arguments[layer] = kwargs

@@ -5,25 +5,24 @@ the tower, the door and the stages up to this layer merged. Layers before a merg
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vtc.engine.llm.forward import Forward, LayerState
-from vtc.engine.llm.visual import Visual
+from vtc.engine.llm.rows import Rows
+from vtc.engine.plan import Plan
 
 
-def of_layer(state: Forward, index: int, seen: LayerState) -> Float[Tensor, "B K"] | None:
+def of_layer(plan: Plan, index: int, seen: Rows) -> Float[Tensor, "B K"] | None:
     """log(size) of every key of layer `index`, those of earlier calls first; None: 0 for all."""
-    memory = state.memory
-    held = None if memory is None else memory.bias(index, state.dense)
-    merged = None if seen.visual is None or seen.visual.token_map.is_selection else seen.visual
-    if not state.plan.size_bias or (held is None and merged is None):
+    prompt = seen.prompt
+    before = None if prompt.memory is None else prompt.memory.layers[index]
+    held = None if before is None else before.biases
+    merges = seen.visual is not None and not seen.visual.token_map.is_selection
+    if not plan.size_bias or (held is None and not merges):
         return None
-    column = state.arange(state.length) if seen.column is None else seen.column
     if held is None:
-        count = state.past if memory is None else memory.column(index, state.dense).shape[1]
-        held = torch.zeros(state.batch, count, device=state.device)
-    new = _of_columns(state, merged, column) if merged is not None else torch.zeros_like(column, dtype=held.dtype)
+        held = torch.zeros(prompt.batch, prompt.past if before is None else before.entries, device=prompt.device)
+    new = _of_rows(seen) if merges else torch.zeros_like(seen.columns, dtype=held.dtype)
     return torch.cat([held, new], dim=1)
 
 
@@ -44,13 +43,15 @@ def in_products(
     return torch.cat([queries, torch.ones_like(queries[..., :1])], dim=-1), torch.cat([keys, extra], dim=-1)
 
 
-def _of_columns(state: Forward, visual: Visual, column: Int[Tensor, "B R"]) -> Float[Tensor, "B R"]:
-    """log(size) of the tokens at `column` of this call, of which `visual` is left; 0 for text and padding."""
-    bias = torch.zeros(state.batch, state.length + 1, device=state.device)
-    target = torch.where(visual.column < 0, state.length, visual.column)
+def _of_rows(rows: Rows) -> Float[Tensor, "B R"]:
+    """log(size) of the token of each row; 0 for text and padding."""
+    prompt, visual = rows.prompt, rows.visual
+    assert visual is not None
+    bias = torch.zeros(prompt.batch, prompt.length + 1, device=prompt.device)
+    target = torch.where(visual.column < 0, prompt.length, visual.column)
     sizes = visual.sizes.clamp(min=1).masked_fill(visual.column < 0, 1)
     bias[visual.sample_index[:, None], target] = sizes.log()
-    return bias.gather(1, torch.where(column < 0, state.length, column))
+    return bias.gather(1, torch.where(rows.columns < 0, prompt.length, rows.columns))
 
 
 def readable(mask: Bool[Tensor, "..."] | Float[Tensor, "..."]) -> Bool[Tensor, "..."]:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from vtc.adapter import Adapter
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
-from vtc.engine.llm.forward import FORWARD, Forward, compact_columns, inverse_columns, lookup, take
+from vtc.engine.llm.forward import FORWARD, Forward
 from vtc.engine.llm.visual import Visual
 from vtc.errors import UnsupportedFeatureError
+from vtc.indices import compact, follow, invert, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +72,8 @@ def begin(state: Forward, located: Visual, embeds: Tensor) -> Tensor:
     Raises:
         UnsupportedFeatureError: a token was dropped rather than merged, so it has no row to read.
     """
-    visual = state.visual
-    assert visual is not None
+    visual, prompt = state.visual, state.prompt
+    assert visual is not None and prompt is not None and prompt.is_visual is not None
     whole = located if len(located.sample) == len(visual.sample) else located.pooled()
     slot = visual.token_map.sources()[:, : whole.column.shape[1]]
     real = whole.column >= 0
@@ -83,20 +84,19 @@ def begin(state: Forward, located: Visual, embeds: Tensor) -> Tensor:
             "virtual unmerging needs a method that merges every token into one that stays, and this one dropped some. "
             "Use unmerge=False, or a merging method such as tome or dymu."
         )
-    anchor = torch.where(alone, whole.column, visual.column.gather(1, slot.clamp(min=0)))
-    reads = state.arange(state.length).clone()
+    anchor = torch.where(alone, whole.column, take(visual.column, slot))
+    reads = prompt.arange(prompt.length).clone()
     reads = torch.cat([reads, reads[:, :1]], dim=1)  # an extra column takes what is padding
-    target = torch.where(real, whole.column, state.length)
-    reads = reads.index_put((whole.sample_index[:, None], target), anchor)[:, : state.length]
-    keep = reads == state.arange(state.length)
-    if state.valid is not None:
-        keep = keep & state.valid
-    assert state.is_visual is not None
-    counts, state.visual_lengths[0] = torch.stack([keep.sum(1), (keep & state.is_visual).sum(1)]).tolist()
-    column = compact_columns(keep, counts)
-    row = lookup(inverse_columns(column, state.length), reads)
-    if state.valid is not None:
-        row = row.masked_fill(~state.valid, -1)
+    target = torch.where(real, whole.column, prompt.length)
+    reads = reads.index_put((whole.sample_index[:, None], target), anchor)[:, : prompt.length]
+    keep = reads == prompt.arange(prompt.length)
+    if prompt.valid is not None:
+        keep = keep & prompt.valid
+    counts, state.visual_lengths[0] = torch.stack([keep.sum(1), (keep & prompt.is_visual).sum(1)]).tolist()
+    column = compact(keep, counts)
+    row = follow(invert(column, prompt.length), reads)
+    if prompt.valid is not None:
+        row = row.masked_fill(~prompt.valid, -1)
     state.unmerging = Unmerging(column, row)
     return take(embeds, reads)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from vtc.engine.decide import budgets, run_step
 from vtc.engine.plan import Step
 from vtc.errors import InputError
+from vtc.indices import follow
 from vtc.stages import Schedule
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout, Tokens
@@ -129,7 +130,7 @@ class Visual:
         anchor = token_map.anchor[:, :width]
         return replace(
             self,
-            column=self.column.gather(1, anchor.clamp(min=0)).masked_fill(anchor < 0, -1),
+            column=follow(self.column, anchor),
             lengths=token_map.lengths,
             layout=self.layout.take(anchor),
             token_map=self.token_map.then(token_map),
