@@ -63,7 +63,7 @@ def test_an_error_in_our_hooks_is_no_exception_that_lmms_eval_could_swallow(case
 def test_a_call_with_pixels_that_was_not_compressed_fails(case):
     watch = Watch(case.model)
     watch.patch("uniform", 4)
-    watch.handle._uninstall()  # as if a model class never reached our hooks
+    watch.handle.remove()  # as if a model class never reached our hooks
     with pytest.raises(RunFailed, match="was not compressed"):
         generate(case)
 

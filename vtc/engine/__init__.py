@@ -1,13 +1,10 @@
-"""Applies what stages decide to a stock model.
+"""Applies what stages decide to a stock model, in the order of a token's way.
 
-Reading order: `handle` (what a user holds), `plan` (which stage acts where), `encoder` (sites before the LLM's
-input), `tower` and `tower_groups` (inside the vision tower), `standalone`
-(encoders without an LLM), `groups` (tiles and frames, and how they become images),
-`door` (the LLM's input), `layers` (decoder layers), `visual` (which tokens are left, and where), `memory` (what a KV
-cache knows). What is known of transformers itself, and checked at the patch, is in `host`.
+`patch` is what a user holds; `planning` makes the `plan` (which stage acts where), `refusals` says no. `decide` runs
+one stage on tokens, without a model in sight. `vision` acts before the language model, `llm` at its door, in its layers
+and on its cache; they meet in `handover`. What is known of transformers itself, and checked at the patch, is in `host`.
 """
 
-from vtc.engine.patch import Handle, compress, patch
-from vtc.engine.vision.alone import EncoderHandle, compress_encoder, patch_encoder
+from vtc.engine.patch import EncoderHandle, Handle, compress, compress_encoder, patch, patch_encoder
 
 __all__ = ["EncoderHandle", "Handle", "compress", "compress_encoder", "patch", "patch_encoder"]

@@ -1,38 +1,210 @@
-"""What a user holds: `patch` a model, `compress` it for a block, read the report, take it off again."""
+"""What a user holds: patch a model or an encoder, compress it for a block, read the report, take it off again."""
 
 import contextlib
+import functools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 from torch import nn
 
-from vtc.adapter import Adapter, adapter_for, unwrap
+from vtc.adapter import adapter_for, unwrap
 from vtc.companion import ClipCompanion
-from vtc.engine.host import flash
+from vtc.encoder_report import EncoderReport
+from vtc.encoders import ImageEncoder, encoder_for
+from vtc.engine import reports
+from vtc.engine.host import contract, flash
 from vtc.engine.host.compiled import refuse_compiled
 from vtc.engine.host.override import Undo
 from vtc.engine.llm import door, exit, layers
 from vtc.engine.llm import unmerge as unmerging
-from vtc.engine.llm.evict import held_after_prefill
 from vtc.engine.llm.forward import Forward, cut_forward
-from vtc.engine.plan import Plan
 from vtc.engine.planning import make_plan
-from vtc.engine.vision import encoder
+from vtc.engine.vision import alone, encoder
+from vtc.engine.vision.passage import Passage
 from vtc.errors import StateError, UnsupportedModelError
-from vtc.report import Report, cache_bytes, lengths_by_layer, prefill_flops
+from vtc.report import Report
 from vtc.spec import format_spec, parse
 from vtc.stages import Method
-from vtc.tokens import Budget
+from vtc.tokens import Budget, Layout
 
-#: the active handle of each patched model; weak, so that a forgotten model goes away with its handle
-_ACTIVE: "weakref.WeakKeyDictionary[nn.Module, Handle]" = weakref.WeakKeyDictionary()
-
-#: the spec of each encoder that is patched by itself (`vtc.engine.vision.alone`), by its tower
-PATCHED_ENCODERS: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+R = TypeVar("R")
+P = ParamSpec("P")
+H = TypeVar("H", bound="Patch[Any]")
 
 
-def patch(
+class Patch(ABC, Generic[R]):
+    """What was changed on a model: taken off again by `remove()`, and what it did is in `report`."""
+
+    #: words of its messages: what is patched, what patches it for a block, what makes a first report
+    _kind: ClassVar[str]
+    _block: ClassVar[str]
+    _call: ClassVar[str]
+
+    def __init__(self, holder: nn.Module, methods: tuple[Method, ...]) -> None:
+        self._holder = weakref.ref(holder)
+        self._methods = methods
+        self._undo = Undo()
+        self._last: Callable[[], R] | None = None
+
+    @property
+    def spec(self) -> str:
+        """The methods as a spec string."""
+        return format_spec(self._methods)
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is compressed right now."""
+        return bool(self._undo)
+
+    @property
+    def report(self) -> R:
+        """Figures of the last call with images.
+
+        Raises:
+            StateError: there was none yet.
+        """
+        if self._last is None:
+            raise StateError(f"no report yet: the patched {self._kind} has not seen an image. {self._call}")
+        return self._last()
+
+    def remove(self) -> None:
+        """Take the patch off; the model is what it was before. Calling it twice does nothing."""
+        self._undo.take_off()
+        holder = self._holder()
+        if holder is not None and active_on(holder) is self:
+            del _ACTIVE[holder]
+
+    def __repr__(self) -> str:
+        return f"<vtc.{type(self).__name__} {self.spec!r}, {'active' if self.active else 'removed'}>"
+
+    def _install(self) -> None:
+        holder = self._holder()
+        if holder is None:
+            raise StateError("the patched model no longer exists.")
+        try:
+            self._attach(self._undo)
+        except BaseException:
+            self.remove()
+            raise
+        _ACTIVE[holder] = weakref.ref(self)
+
+    @abstractmethod
+    def _attach(self, undo: Undo) -> None:
+        """Change the model; what takes it off again goes to `undo`, step by step."""
+
+
+#: the active patch of each model or encoder; weak, since the patched methods keep it alive as long as the model lives
+_ACTIVE: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Patch[Any]]]" = weakref.WeakKeyDictionary()
+
+
+def active_on(holder: nn.Module) -> Patch[Any] | None:
+    """The active patch of a model or an encoder."""
+    reference = _ACTIVE.get(holder)
+    return None if reference is None else reference()
+
+
+class Handle(Patch[Report]):
+    """A patch on a model. Made by `vtc.patch` or `vtc.compress`."""
+
+    _kind, _block, _call = "model", "compress", "Call model.generate(...) first."
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: tuple[Method, ...],
+        positions: str,
+        size_bias: bool | None,
+        companion: ClipCompanion | None = None,
+        unmerge: bool | None = None,
+    ) -> None:
+        super().__init__(model, methods)
+        self._adapter = adapter_for(model)
+        self._plan = make_plan(self._adapter, methods, positions, size_bias, companion, unmerge)
+
+    @property
+    def positions(self) -> str:
+        """The position policy in force: "original", "compact" or "renumber"."""
+        return self._plan.positions
+
+    def _attach(self, undo: Undo) -> None:
+        adapter, plan = self._adapter, self._plan
+        encoder.attach(adapter, plan, undo)
+        layers.attach(adapter, plan, undo)
+        flash.attach(adapter, cut_forward, undo)
+        if plan.unmerge:
+            unmerging.attach(adapter, undo)
+        door.attach(adapter, plan, undo)
+        exit.attach(adapter, plan, self._record, undo)
+
+    def _record(self, state: Forward) -> None:
+        self._last = reports.of_forward(self._adapter, self.spec, state)
+
+
+class EncoderHandle(Patch[EncoderReport]):
+    """A patch on an image encoder. Made by `vtc.patch_encoder` or `vtc.compress_encoder`."""
+
+    _kind, _block, _call = "encoder", "compress_encoder", "Call it first."
+
+    def __init__(self, encoder: ImageEncoder, methods: tuple[Method, ...]) -> None:
+        super().__init__(encoder.tower, methods)
+        self.encoder = encoder
+        self._steps = alone.steps_of(encoder, methods)
+
+    def _attach(self, undo: Undo) -> None:
+        alone.attach(self.encoder, self._steps, self.spec, self._record, undo)
+
+    def _record(self, passage: Passage, layout: Layout | None) -> None:
+        self._last = reports.of_passage(self.encoder, self.spec, passage, layout)
+
+
+def _from_now_on(name: str, prepare: Callable[P, H]) -> Callable[P, H]:
+    """The public function `name` that installs what `prepare` makes."""
+
+    @functools.wraps(prepare)
+    def call(*args: P.args, **kwargs: P.kwargs) -> H:
+        handle = prepare(*args, **kwargs)
+        holder = handle._holder()
+        active = None if holder is None else active_on(holder)
+        if active is not None:
+            raise StateError(
+                f"this {handle._kind} is already patched with {active.spec!r}. Call handle.remove() first, or use "
+                f"`with vtc.{handle._block}(model, ...)` to replace the patch for a block."
+            )
+        handle._install()
+        return handle
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
+def _for_a_block(name: str, prepare: Callable[P, H], doc: str) -> Callable[P, AbstractContextManager[H]]:
+    """The public function `name` that installs what `prepare` makes for the length of a `with` block."""
+
+    @contextlib.contextmanager
+    @functools.wraps(prepare)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Iterator[H]:
+        handle = prepare(*args, **kwargs)
+        holder = handle._holder()
+        outer = None if holder is None else active_on(holder)
+        if outer is not None:
+            outer.remove()
+        try:
+            handle._install()
+            yield handle
+        finally:
+            handle.remove()
+            if outer is not None:
+                outer._install()
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = doc
+    return call
+
+
+def _handle(
     model: nn.Module,
     spec: str | Method | Iterable[Method],
     budget: int | float | str | Budget | None = None,
@@ -41,7 +213,7 @@ def patch(
     size_bias: bool | None = None,
     companion: ClipCompanion | None = None,
     unmerge: bool | None = None,
-) -> "Handle":
+) -> Handle:
     """Compress the visual tokens of a stock model from now on.
 
     Args:
@@ -67,201 +239,95 @@ def patch(
 
     Nothing has changed when an error is raised.
     """
-    _check_model(model)
+    _check_module(model, "patch", "Load it with AutoModelForImageTextToText.from_pretrained(...).")
     model = unwrap(model)
-    active = _ACTIVE.get(model)
-    if active is not None:
+    inside = next((one for one in map(active_on, model.modules()) if isinstance(one, EncoderHandle)), None)
+    if inside is not None:
         raise StateError(
-            f"this model is already patched with {active.spec!r}. Call handle.remove() first, "
-            "or use `with vtc.compress(model, ...)` to replace the patch for a block."
+            f"the encoder of this model is already patched by itself with {inside.spec!r}. Call that handle's remove() "
+            "first."
         )
-    handle = Handle(model, parse(spec, budget), positions, size_bias, companion, unmerge)
-    handle._install()
-    return handle
-
-
-@contextlib.contextmanager
-def compress(
-    model: nn.Module,
-    spec: str | Method | Iterable[Method],
-    budget: int | float | str | Budget | None = None,
-    *,
-    positions: str = "auto",
-    size_bias: bool | None = None,
-    companion: ClipCompanion | None = None,
-    unmerge: bool | None = None,
-) -> "Iterator[Handle]":
-    """`patch` for the length of a `with` block; an outer patch of the same model is put back at its end."""
-    _check_model(model)
-    model = unwrap(model)
-    handle = Handle(model, parse(spec, budget), positions, size_bias, companion, unmerge)
-    outer = _ACTIVE.get(model)
-    if outer is not None:
-        outer._uninstall()
-    try:
-        handle._install()
-        yield handle
-    finally:
-        handle.remove()
-        if outer is not None:
-            outer._install()
-
-
-class Handle:
-    """A patch on a model. Made by `patch` or `compress`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        methods: tuple[Method, ...],
-        positions: str,
-        size_bias: bool | None,
-        companion: ClipCompanion | None = None,
-        unmerge: bool | None = None,
-    ) -> None:
-        _check_model(model)
-        self._adapter: Adapter = adapter_for(model)
-        self._plan: Plan = make_plan(self._adapter, methods, positions, size_bias, companion, unmerge)
-        self._model = weakref.ref(model)
-        self._undo = Undo()
-        self._last: Callable[[], Report] | None = None
-
-    @property
-    def spec(self) -> str:
-        """The methods as a spec string."""
-        return format_spec(self._plan.methods)
-
-    @property
-    def positions(self) -> str:
-        """The position policy in force: "original", "compact" or "renumber"."""
-        return self._plan.positions
-
-    @property
-    def active(self) -> bool:
-        """Whether the model is compressed right now."""
-        return bool(self._undo)
-
-    @property
-    def report(self) -> Report:
-        """Figures of the last prefill with images.
-
-        Raises:
-            StateError: there was none yet.
-        """
-        if self._last is None:
-            raise StateError("no report yet: the patched model has not seen an image. Call model.generate(...) first.")
-        return self._last()
-
-    def remove(self) -> None:
-        """Take the patch off; the model is what it was before. Calling it twice does nothing."""
-        self._uninstall()
-
-    def __repr__(self) -> str:
-        return f"<vtc.Handle {self.spec!r}, {'active' if self.active else 'removed'}>"
-
-    def _install(self) -> None:
-        model = self._model()
-        if model is None:
-            raise StateError("the patched model no longer exists.")
-        try:
-            encoder.attach(self._adapter, self._plan, self._undo)
-            layers.attach(self._adapter, self._plan, self._undo)
-            flash.attach(self._adapter, cut_forward, self._undo)
-            if self._plan.unmerge:
-                unmerging.attach(self._adapter, self._undo)
-            door.attach(self._adapter, self._plan, self._undo)
-            exit.attach(self._adapter, self._plan, self._record, self._undo)
-        except BaseException:
-            self._uninstall()
-            raise
-        _ACTIVE[model] = self
-
-    def _uninstall(self) -> None:
-        self._undo.take_off()
-        model = self._model()
-        if model is not None and _ACTIVE.get(model) is self:
-            del _ACTIVE[model]
-
-    def _record(self, state: Forward) -> None:
-        """Keep what a report needs; the figures are computed when somebody asks."""
-        visual, prompt = state.visual, state.prompt
-        assert visual is not None and prompt is not None and prompt.layout is not None
-        layout, batch, length = prompt.layout, prompt.batch, prompt.length
-        cuts, seconds = dict(state.visual_lengths), list(state.seconds)
-        awake = dict(state.awake)
-
-        def report() -> Report:
-            config = self._adapter.text_config
-            dense = visual.per_sample(batch, [sum(images) for images in visual.origin])
-            per_layer = lengths_by_layer(cuts, len(self._adapter.layers))
-            text = tuple(length - n for n in dense)
-            size = next(self._adapter.language_model.parameters()).element_size()
-            everything = (tuple(dense),) * len(per_layer)
-            virtual = self._plan.unmerge  # attention and caches see every token at its place
-            kv_tokens = everything if virtual else held_after_prefill(self._plan, per_layer)
-            kept = cache_bytes(config, kv_tokens, text, size)
-            spent: dict[str, float] = {}
-            for site, watch in seconds:
-                spent[site] = spent.get(site, 0.0) + watch.seconds * 1e3
-            return Report(
-                spec=self.spec,
-                family=self._adapter.family,
-                visual_tokens=tuple(dense),
-                entering=per_layer[0],
-                per_layer=per_layer,
-                text_tokens=text,
-                selection_ms=spent,
-                kv_tokens=kv_tokens,
-                flops_dense=prefill_flops(config, everything, text),
-                flops=prefill_flops(config, per_layer, text, awake, everything if virtual else None),
-                kv_bytes_dense=sum(cache_bytes(config, everything, text, size)),
-                kv_bytes=sum(kept),
-                kv_bytes_per_layer=kept,
-                notes=_notes(self._plan, visual.origin),
-                token_map=visual.token_map,
-                samples=visual.sample,
-                layout=layout,
-            )
-
-        self._last = report
-
-
-def _notes(plan: Plan, origin: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
-    notes = []
-    for step in plan.steps:
-        longest = max(n for images in origin for n in images)
-        if step.budget.tokens is not None and step.budget.per == "image" and step.budget.tokens >= longest:
-            notes.append(f"{step}: budget {step.budget.tokens} covers all {longest} tokens, everything is kept")
-    return tuple(notes)
-
-
-def handle_around(part: nn.Module) -> Handle | None:
-    """The active handle of the model that `part` belongs to."""
-    return next((handle for model, handle in _ACTIVE.items() if any(part is m for m in model.modules())), None)
-
-
-def _check_model(model: Any) -> None:
-    """Refuse what cannot be patched, before anything changes.
-
-    Raises:
-        UnsupportedModelError: no module, or weights that are not there.
-        UnsupportedFeatureError: a compiled model.
-        StateError: its encoder is patched by itself.
-    """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"patch needs a loaded model, not {type(model).__name__}. "
-            "Load it with AutoModelForImageTextToText.from_pretrained(...)."
-        )
-    refuse_compiled(model)
-    alone = next((PATCHED_ENCODERS[module] for module in model.modules() if module in PATCHED_ENCODERS), None)
-    if alone is not None:
-        raise StateError(
-            f"the encoder of this model is already patched by itself with {alone!r}. Call that handle's remove() first."
-        )
-    meta = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
+    meta = _on_meta(model)
     if meta is not None:
         raise UnsupportedModelError(
             f"parameter {meta!r} is on the meta device (offloaded or not loaded), so its layers cannot be read. "
             "Load the model on one device: from_pretrained(..., device_map='cpu' or 'cuda')."
         )
+    return Handle(model, parse(spec, budget), positions, size_bias, companion, unmerge)
+
+
+def _encoder_handle(
+    model: nn.Module, spec: str | Method | Iterable[Method], budget: int | float | str | Budget | None = None
+) -> EncoderHandle:
+    """Let an image encoder run on fewer tokens from now on; everything that it returns keeps its shape.
+
+    Args:
+        model: a CLIP, SigLIP, DINOv2, ViT or DeiT of transformers, a VisionTransformer of timm or open_clip, or a model
+            that holds one (`CLIPModel`, `...ForImageClassification`).
+        spec: a spec string ("tome:0.5", "tome(r=8)"), a method, or several methods; they act inside the tower only.
+        budget: patches that are left behind the last block (int), share kept (float) or a Budget, for methods that have
+            none of their own. Prefix tokens always stay and are not counted.
+
+    Returns:
+        A handle with `.report` and `.remove()`.
+
+    Raises:
+        UnsupportedModelError: no such encoder, meta weights, a version of transformers that was not tested.
+        UnsupportedFeatureError: a method with stages outside the tower, a compiled model, log(size) with an attention
+            that takes no mask.
+        SpecError, BudgetError, SignalUnavailableError: the spec does not fit the encoder.
+        StateError: the encoder, or the model around it, is already patched.
+
+    Nothing has changed when an error is raised.
+    """
+    _check_module(
+        model,
+        "patch_encoder",
+        "Load it, e.g. with AutoModel.from_pretrained(...), timm.create_model(...) or open_clip.create_model(...).",
+    )
+    found = encoder_for(model)
+    if type(found.tower).__module__.startswith("transformers."):
+        contract.check_version()
+    meta = _on_meta(found.tower)
+    if meta is not None:
+        raise UnsupportedModelError(f"parameter {meta!r} of {found.name} is on the meta device: load its weights.")
+    around = _around(found.tower)
+    if around is not None:
+        raise StateError(
+            f"this encoder is part of a model that is patched with {around.spec!r}. Call that handle's remove() first."
+        )
+    return EncoderHandle(found, parse(spec, budget))
+
+
+def _check_module(model: Any, name: str, load: str) -> None:
+    """Refuse what is no loaded model, or was compiled before.
+
+    Raises:
+        UnsupportedModelError, UnsupportedFeatureError: it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{name} needs a loaded model, not {type(model).__name__}. {load}")
+    refuse_compiled(model)
+
+
+def _on_meta(model: nn.Module) -> str | None:
+    """The name of a parameter whose weights are not there."""
+    return next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
+
+
+def _around(part: nn.Module) -> Handle | None:
+    """The active patch of the model that `part` belongs to."""
+    found = (active_on(model) for model in _ACTIVE if any(part is module for module in model.modules()))
+    return next((one for one in found if isinstance(one, Handle)), None)
+
+
+patch = _from_now_on("patch", _handle)
+compress = _for_a_block(
+    "compress", _handle, "`patch` for the length of a `with` block; an outer patch of the model is put back at its end."
+)
+patch_encoder = _from_now_on("patch_encoder", _encoder_handle)
+compress_encoder = _for_a_block(
+    "compress_encoder",
+    _encoder_handle,
+    "`patch_encoder` for the length of a `with` block; an outer patch of the encoder is put back at its end.",
+)

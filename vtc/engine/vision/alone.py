@@ -5,13 +5,11 @@ token it went into, so that norms, pooling, projections and heads see stock shap
 encoder returns. One call of the encoder's entry is one run, and its state lives in a context variable for that long.
 """
 
-import contextlib
 import functools
 import inspect
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,96 +17,28 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from vtc.adapter import Attention
-from vtc.encoder_report import EncoderReport
-from vtc.encoders import ImageEncoder, encoder_for, methods_by_themselves
+from vtc.encoders import ImageEncoder, methods_by_themselves
 from vtc.engine.decide import budgets
-from vtc.engine.host import contract, names
-from vtc.engine.host.compiled import refuse_compiled
+from vtc.engine.host import names
 from vtc.engine.host.override import Undo
-from vtc.engine.patch import PATCHED_ENCODERS, handle_around
 from vtc.engine.plan import CAPTURED, Step
 from vtc.engine.vision import passage as tower
-from vtc.engine.vision.tower import without_prefix
-from vtc.errors import SignalUnavailableError, SpecError, StateError, UnsupportedFeatureError, UnsupportedModelError
-from vtc.flops import vit_block
-from vtc.spec import format_spec, parse
+from vtc.engine.vision.passage import Passage
+from vtc.errors import SignalUnavailableError, SpecError, StateError, UnsupportedFeatureError
 from vtc.stages import Method
-from vtc.tokenmap import TokenMap
-from vtc.tokens import Budget, Layout
+from vtc.tokens import Layout
 
-
-def patch_encoder(
-    model: nn.Module, spec: str | Method | Iterable[Method], budget: int | float | str | Budget | None = None
-) -> "EncoderHandle":
-    """Let an image encoder run on fewer tokens from now on; everything that it returns keeps its shape.
-
-    Args:
-        model: a CLIP, SigLIP, DINOv2, ViT or DeiT of transformers, a VisionTransformer of timm or open_clip, or a model
-            that holds one (`CLIPModel`, `...ForImageClassification`).
-        spec: a spec string ("tome:0.5", "tome(r=8)"), a method, or several methods; they act inside the tower only.
-        budget: patches that are left behind the last block (int), share kept (float) or a Budget, for methods that have
-            none of their own. Prefix tokens always stay and are not counted.
-
-    Returns:
-        A handle with `.report` and `.remove()`.
-
-    Raises:
-        UnsupportedModelError: no such encoder, meta weights, a version of transformers that was not tested.
-        UnsupportedFeatureError: a method with stages outside the tower, a compiled model, log(size) with an attention
-            that takes no mask.
-        SpecError, BudgetError, SignalUnavailableError: the spec does not fit the encoder.
-        StateError: the encoder, or the model around it, is already patched.
-
-    Nothing has changed when an error is raised.
-    """
-    handle = _make(model, spec, budget)
-    active = PATCHED_ENCODERS.get(handle.encoder.tower)
-    if active is not None:
-        raise StateError(
-            f"this encoder is already patched with {active!r}. Call handle.remove() first, or use "
-            "`with vtc.compress_encoder(model, ...)` to replace the patch for a block."
-        )
-    handle._install()
-    return handle
-
-
-@contextlib.contextmanager
-def compress_encoder(
-    model: nn.Module, spec: str | Method | Iterable[Method], budget: int | float | str | Budget | None = None
-) -> "Iterator[EncoderHandle]":
-    """`patch_encoder` for the length of a `with` block; an outer patch of the encoder is put back at its end."""
-    handle = _make(model, spec, budget)
-    outer = _HANDLES.get(handle.encoder.tower, lambda: None)()
-    if outer is not None:
-        outer.remove()
-    try:
-        handle._install()
-        yield handle
-    finally:
-        handle.remove()
-        if outer is not None:
-            outer._install()
-
-
-@dataclass(eq=False)
-class _Passage(tower.Passage):
-    """A passage that remembers how many patches each acting block left."""
-
-    left: dict[int, tuple[int, ...]] = field(default_factory=dict)
-
-    def decide(self, index: int, x: Float[Tensor, "T L D"], attention: Attention) -> Float[Tensor, "T R D"]:
-        x = super().decide(index, x, attention)
-        self.left[index] = self.lengths
-        return x
+#: called at the end of a run with its passage and the grid of its patches (None: they are no grid)
+Record = Callable[[Passage, Layout | None], None]
 
 
 @dataclass(eq=False)
 class _Run:
     """One call of an encoder's entry."""
 
-    handle: "EncoderHandle"
-    passage: _Passage | None = None
+    owner: "_Alone"
+    passage: Passage | None = None
+    layout: Layout | None = None  # of the patches
 
 
 _RUN: ContextVar[_Run | None] = ContextVar("vtc_encoder_run", default=None)
@@ -116,199 +46,22 @@ _RUN: ContextVar[_Run | None] = ContextVar("vtc_encoder_run", default=None)
 #: height and width of the patches that were embedded last
 _GRID: ContextVar[tuple[int, int] | None] = ContextVar("vtc_encoder_grid", default=None)
 
-#: the active handle of each patched tower; the tower's own methods keep it alive
-_HANDLES: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[EncoderHandle]]" = weakref.WeakKeyDictionary()
+
+def attach(encoder: ImageEncoder, steps: Mapping[int, tuple[Step, ...]], spec: str, record: Record, undo: Undo) -> None:
+    """Let `encoder` run `steps` at their blocks; what takes it off again goes to `undo`."""
+    alone = _Alone(encoder, steps, spec, record)
+    if steps:
+        parts = encoder.halves, encoder.attention_of
+        tower.attach(encoder.tower, encoder.blocks, parts, steps, alone.running, alone.begin, undo)
+    undo.override(encoder.blocks[-1], alone.leave)
+    undo.after(encoder.patches, _note_grid)
+    for name in encoder.bypasses:
+        undo.override(encoder.tower, functools.partial(alone.refuse, name), name)
+    signature = inspect.signature(getattr(encoder.tower, encoder.entry))
+    undo.override(encoder.tower, functools.partial(alone.enter, signature), encoder.entry)
 
 
-class EncoderHandle:
-    """A patch on an image encoder. Made by `patch_encoder` or `compress_encoder`."""
-
-    def __init__(self, encoder: ImageEncoder, methods: tuple[Method, ...]) -> None:
-        self.encoder = encoder
-        self._methods = methods
-        self._steps = _plan(encoder, methods)
-        self._undo = Undo()
-        self._last: Callable[[], EncoderReport] | None = None
-
-    @property
-    def spec(self) -> str:
-        """The methods as a spec string."""
-        return format_spec(self._methods)
-
-    @property
-    def active(self) -> bool:
-        """Whether the encoder is compressed right now."""
-        return bool(self._undo)
-
-    @property
-    def report(self) -> EncoderReport:
-        """Figures of the last batch of images.
-
-        Raises:
-            StateError: there was none yet.
-        """
-        if self._last is None:
-            raise StateError("no report yet: the patched encoder has not seen an image. Call it first.")
-        return self._last()
-
-    def remove(self) -> None:
-        """Take the patch off; the encoder is what it was before. Calling it twice does nothing."""
-        self._undo.take_off()
-        reference = _HANDLES.get(self.encoder.tower)
-        if reference is not None and reference() is self:
-            del _HANDLES[self.encoder.tower], PATCHED_ENCODERS[self.encoder.tower]
-
-    def __repr__(self) -> str:
-        return f"<vtc.EncoderHandle {self.spec!r}, {'active' if self.active else 'removed'}>"
-
-    def _install(self) -> None:
-        encoder, undo = self.encoder, self._undo
-        try:
-            if self._steps:
-                parts = encoder.halves, encoder.attention_of
-                tower.attach(encoder.tower, encoder.blocks, parts, self._steps, self._running, self._begin, undo)
-            undo.override(encoder.blocks[-1], self._leave)
-            undo.after(encoder.patches, _note_grid)
-            for name in encoder.bypasses:
-                undo.override(encoder.tower, functools.partial(self._refuse, name), name)
-            signature = inspect.signature(getattr(encoder.tower, encoder.entry))
-            undo.override(encoder.tower, functools.partial(self._enter, signature), encoder.entry)
-        except BaseException:
-            self.remove()
-            raise
-        _HANDLES[encoder.tower] = weakref.ref(self)
-        PATCHED_ENCODERS[encoder.tower] = self.spec
-
-    def _running(self) -> _Passage | None:
-        run = _RUN.get()
-        return None if run is None or run.handle is not self else run.passage
-
-    def _enter(self, signature: inspect.Signature, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The entry of the encoder."""
-        given = signature.bind_partial(*args, **kwargs).arguments
-        for name in self.encoder.masks:
-            if given.get(name) is not None and given[name] is not False:
-                raise UnsupportedFeatureError(
-                    f"{name} hides patches of {self.encoder.name} from each other, and hidden patches must not be "
-                    f"merged with others. Leave {name} out, or call handle.remove()."
-                )
-        run = _Run(self)
-        token = _RUN.set(run)
-        try:
-            output = original(*args, **kwargs)
-        finally:
-            _RUN.reset(token)
-        if run.passage is not None:
-            self._note(run.passage)
-            if run.passage.is_short:
-                _expand_states(output, run.passage)
-        return output
-
-    def _begin(self, hidden: Float[Tensor, "B L D"]) -> _Passage:
-        """The passage of the running call, made from what enters the first acting block."""
-        encoder, run = self.encoder, _RUN.get()
-        if encoder.checkpoints():
-            raise UnsupportedFeatureError(
-                "gradient checkpointing runs blocks twice, the second time without the state of this call. "
-                "Turn it off while the encoder is patched."
-            )
-        if run is None or run.handle is not self:
-            raise StateError(
-                f"the blocks of {encoder.name} were run by something else than its {encoder.entry}(), where nothing "
-                "puts what they return on the full grid again. Call the model itself, or handle.remove() first."
-            )
-        images, patches = hidden.shape[0], hidden.shape[1] - encoder.num_prefix
-        layout = _layout(patches, images, hidden.device)
-        prefixed = layout
-        if layout is not None:
-            prefixed = layout.map(lambda part: pad(part, (encoder.num_prefix, 0), value=-1))
-
-        def targets(step: Step, current: tuple[int, ...]) -> tuple[int, ...]:
-            origin = ((patches,),) * images
-            return budgets(step.budget, origin, current, layout, range(images), step.stage.schedule)
-
-        run.passage = _Passage(
-            self._steps,
-            encoder.num_prefix,
-            patches,
-            (patches,) * images,
-            prefixed,
-            targets,
-            list(range(images)),
-            hidden.device,
-            implementation=encoder.implementation(),
-        )
-        return run.passage
-
-    def _leave(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The last block: what leaves it is on the full grid."""
-        x, passage = original(*args, **kwargs), self._running()
-        return x if passage is None or not passage.is_short else passage.expand(x, len(self.encoder.blocks) - 1)
-
-    def _refuse(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedFeatureError(
-            f"{name} hands out tokens between the blocks, of which each has another number while {self.encoder.name} "
-            f"is compressed by {self.spec!r}. Use the output of the encoder, or call handle.remove()."
-        )
-
-    def _note(self, passage: _Passage) -> None:
-        """Keep what a report needs; the figures are computed when somebody asks."""
-        encoder, spec = self.encoder, self.spec
-        images, patches, prefix = len(passage.rows), passage.patches, passage.prefix
-        left, seconds, token_map = dict(passage.left), list(passage.seconds), passage.token_map
-        layout = _layout(patches, images, passage.device)
-
-        def report() -> EncoderReport:
-            per_block, current = [], (patches,) * images
-            for index in range(len(encoder.blocks)):
-                current = left.get(index, current)
-                per_block.append(current)
-            spent: dict[str, float] = {}
-            for site, watch in seconds:
-                spent[site] = spent.get(site, 0.0) + watch.seconds * 1e3
-            stock = [(prefix + patches,) * images] * len(encoder.blocks)
-            counted = [tuple(prefix + n for n in lengths) for lengths in per_block]
-            identity = TokenMap.identity((patches,) * images, passage.device)
-            return EncoderReport(
-                spec=spec,
-                encoder=encoder.name,
-                patches=(patches,) * images,
-                prefix=prefix,
-                per_block=tuple(per_block),
-                selection_ms=spent,
-                flops_dense=_flops(encoder, stock, stock[0]),
-                flops=_flops(encoder, counted, stock[0]),
-                token_map=identity if token_map is None else without_prefix(token_map, prefix).raster(),
-                layout=layout,
-            )
-
-        self._last = report
-
-
-def _make(
-    model: nn.Module, spec: str | Method | Iterable[Method], budget: int | float | str | Budget | None
-) -> EncoderHandle:
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"patch_encoder needs a loaded model, not {type(model).__name__}. Load it, e.g. with "
-            "AutoModel.from_pretrained(...), timm.create_model(...) or open_clip.create_model(...)."
-        )
-    refuse_compiled(model)
-    encoder = encoder_for(model)
-    if type(encoder.tower).__module__.startswith("transformers."):
-        contract.check_version()
-    meta = next((name for name, p in encoder.tower.named_parameters() if p.device.type == "meta"), None)
-    if meta is not None:
-        raise UnsupportedModelError(f"parameter {meta!r} of {encoder.name} is on the meta device: load its weights.")
-    around = handle_around(encoder.tower)
-    if around is not None:
-        raise StateError(
-            f"this encoder is part of a model that is patched with {around.spec!r}. Call that handle's remove() first."
-        )
-    return EncoderHandle(encoder, parse(spec, budget))
-
-
-def _plan(encoder: ImageEncoder, methods: tuple[Method, ...]) -> dict[int, tuple[Step, ...]]:
+def steps_of(encoder: ImageEncoder, methods: tuple[Method, ...]) -> dict[int, tuple[Step, ...]]:
     """The steps at each block; everything that can be refused is refused here."""
     depth = len(encoder.blocks)
     steps: dict[int, tuple[Step, ...]] = {}
@@ -328,6 +81,87 @@ def _plan(encoder: ImageEncoder, methods: tuple[Method, ...]) -> dict[int, tuple
                 _check(encoder, step)
                 steps[index] = (*steps.get(index, ()), step)
     return dict(sorted(steps.items()))
+
+
+@dataclass(frozen=True, eq=False)
+class _Alone:
+    """What stands in the places of an encoder's methods while it is patched."""
+
+    encoder: ImageEncoder
+    steps: Mapping[int, tuple[Step, ...]]
+    spec: str
+    record: Record
+
+    def running(self) -> Passage | None:
+        run = _RUN.get()
+        return None if run is None or run.owner is not self else run.passage
+
+    def enter(self, signature: inspect.Signature, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The entry of the encoder."""
+        given = signature.bind_partial(*args, **kwargs).arguments
+        for name in self.encoder.masks:
+            if given.get(name) is not None and given[name] is not False:
+                raise UnsupportedFeatureError(
+                    f"{name} hides patches of {self.encoder.name} from each other, and hidden patches must not be "
+                    f"merged with others. Leave {name} out, or call handle.remove()."
+                )
+        run = _Run(self)
+        token = _RUN.set(run)
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            _RUN.reset(token)
+        if run.passage is not None:
+            self.record(run.passage, run.layout)
+            if run.passage.is_short:
+                _expand_states(output, run.passage)
+        return output
+
+    def begin(self, hidden: Float[Tensor, "B L D"]) -> Passage:
+        """The passage of the running call, made from what enters the first acting block."""
+        encoder, run = self.encoder, _RUN.get()
+        if encoder.checkpoints():
+            raise UnsupportedFeatureError(
+                "gradient checkpointing runs blocks twice, the second time without the state of this call. "
+                "Turn it off while the encoder is patched."
+            )
+        if run is None or run.owner is not self:
+            raise StateError(
+                f"the blocks of {encoder.name} were run by something else than its {encoder.entry}(), where nothing "
+                "puts what they return on the full grid again. Call the model itself, or handle.remove() first."
+            )
+        images, patches = hidden.shape[0], hidden.shape[1] - encoder.num_prefix
+        layout = prefixed = run.layout = _layout(patches, images, hidden.device)
+        if layout is not None:
+            prefixed = layout.map(lambda part: pad(part, (encoder.num_prefix, 0), value=-1))
+
+        def targets(step: Step, current: tuple[int, ...]) -> tuple[int, ...]:
+            origin = ((patches,),) * images
+            return budgets(step.budget, origin, current, layout, range(images), step.stage.schedule)
+
+        run.passage = Passage(
+            self.steps,
+            encoder.num_prefix,
+            patches,
+            (patches,) * images,
+            prefixed,
+            targets,
+            list(range(images)),
+            hidden.device,
+            implementation=encoder.implementation(),
+        )
+        return run.passage
+
+    def leave(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The last block: what leaves it is on the full grid."""
+        x, passage = original(*args, **kwargs), self.running()
+        return x if passage is None or not passage.is_short else passage.expand(x, len(self.encoder.blocks) - 1)
+
+    def refuse(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedFeatureError(
+            f"{name} hands out tokens between the blocks, of which each has another number while {self.encoder.name} "
+            f"is compressed by {self.spec!r}. Use the output of the encoder, or call handle.remove()."
+        )
 
 
 def _check(encoder: ImageEncoder, step: Step) -> None:
@@ -365,7 +199,7 @@ def _layout(patches: int, images: int, device: torch.device) -> Layout | None:
     return Layout.grid(*grid, groups=images, device=device)
 
 
-def _expand_states(output: Any, passage: _Passage) -> None:
+def _expand_states(output: Any, passage: Passage) -> None:
     """Put the hidden states between the blocks on the full grid; the last one is there already."""
     if isinstance(output, tuple) and any(isinstance(part, tuple) for part in output):
         raise UnsupportedFeatureError(
@@ -378,15 +212,3 @@ def _expand_states(output: Any, passage: _Passage) -> None:
     last = len(states) - 1
     expanded = (state if state is None or i == last else passage.expand(state, i - 1) for i, state in enumerate(states))
     setattr(output, names.HIDDEN_STATES, tuple(expanded))
-
-
-def _flops(encoder: ImageEncoder, lengths: list[tuple[int, ...]], entering: tuple[int, ...]) -> int:
-    """FLOPs of the blocks, summed over the images, where block i leaves `lengths[i]` tokens of each."""
-    total = 0
-    for block, leaving in zip(encoder.blocks, lengths, strict=True):
-        halves, attention = encoder.halves(block), encoder.attention_of(block)
-        weights = [sum(p.numel() for p in half.parameters() if p.dim() == 2) for half in (halves.attention, halves.mlp)]
-        width = attention.num_heads * attention.head_dim
-        total += sum(vit_block(n, m, weights[0], weights[1], width) for n, m in zip(entering, leaving, strict=True))
-        entering = leaving
-    return total

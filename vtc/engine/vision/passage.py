@@ -73,6 +73,7 @@ class Passage:
     token_map: TokenMap | None = None  # from prefix and visible patches to what is left of them
     captured: dict[str, Tensor] = field(default_factory=dict)
     seconds: list[tuple[str, Any]] = field(default_factory=list)
+    left: dict[int, tuple[int, ...]] = field(default_factory=dict)  # `lengths` behind each acting block
     _began: bool = False
     _checked: bool = False
     _proportional: bool = False
@@ -140,6 +141,7 @@ class Passage:
                 local = token_map if local is None else local.then(token_map)
             self.seconds.append((str(step.stage.site), watch))
         self._places.append((index, self._expansion()))
+        self.left[index] = self.lengths
         return x
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
