@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 import vtc.eval.cli  # noqa: F401 (adds `vtc doctor`)
 from vtc.cli import app
 from vtc.engine.host import contract
-from vtc.engine.llm import exit, layers
-from vtc.engine.llm import held as memory
+from vtc.engine.llm import exit, layers, logical
 from vtc.errors import UnsupportedModelError
 from vtc.testing import self_check
 from vtc.testing.self_check import CASES
@@ -42,8 +41,8 @@ def test_a_cache_that_is_not_remembered(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "name", "wrong", "cases"),
     [
-        (memory, "_logical_length", lambda cache, layer_idx=0: 3, {"second turn"}),
-        (memory, "_mask_sizes", lambda cache, query_length, layer_idx=0: (2, 0), {"decode steps, ragged batch"}),
+        (logical, "_logical_length", lambda cache, layer_idx=0: 3, {"second turn"}),
+        (logical, "_mask_sizes", lambda cache, query_length, layer_idx=0: (2, 0), {"decode steps, ragged batch"}),
         (layers, "_arguments", lambda *_: {}, {"stage in the LLM"}),
     ],
 )

@@ -1,6 +1,8 @@
 """Patch, remove, nest, fail: the model is always either patched or exactly what it was before."""
 
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ import torch
 import vtc
 from vtc.engine.host import names
 from vtc.engine.llm.forward import FORWARD
+from vtc.engine.patch import active_on
 from vtc.engine.vision import signals as tower_signals
 from vtc.engine.vision.call import ENCODE
+from vtc.testing.tiny import tiny
 
 
 def fingerprint(model):
@@ -140,3 +144,25 @@ def test_the_report_counts_what_the_cache_holds(sdpa_llava):
     assert "fastervlm:9 + fastv:4 on llava" in text
     assert "16" in text
     assert report.to_dict()["layer_average"] == (6.5,)
+
+
+def test_a_forgotten_model_goes_away_with_its_patch():
+    case = tiny("llava")
+    model, handle = weakref.ref(case.model), vtc.patch(case.model, "random:6")
+    with torch.no_grad():
+        case.model(**case.inputs([("image", 3)]))
+    del case
+    assert handle.report.entering == (6,)
+    del handle
+    gc.collect()
+    assert model() is None
+
+
+def test_a_patch_lasts_without_its_handle(sdpa_llava):
+    vtc.patch(sdpa_llava.model, "random:6")
+    gc.collect()
+    with pytest.raises(vtc.errors.StateError, match="already patched"):
+        vtc.patch(sdpa_llava.model, "random:6")
+    with vtc.compress(sdpa_llava.model, "random:4"):
+        pass
+    active_on(sdpa_llava.model).remove()

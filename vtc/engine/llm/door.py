@@ -20,7 +20,7 @@ from vtc.engine.host.override import Undo
 from vtc.engine.llm import carried, unmerge
 from vtc.engine.llm import signals as layer_signals
 from vtc.engine.llm.forward import FORWARD, NO_OUTER, OUTER, Forward, Outer
-from vtc.engine.llm.held import READING, check_cache, memory_of
+from vtc.engine.llm.logical import READING, check_cache, memory_of
 from vtc.engine.llm.prompt import Prompt, check_width
 from vtc.engine.llm.rows import Rows
 from vtc.engine.llm.visual import Visual

@@ -16,7 +16,8 @@ from vtc.engine.host.override import Undo
 from vtc.engine.llm import sizes, unmerge
 from vtc.engine.llm.evict import evict
 from vtc.engine.llm.forward import FORWARD, Forward
-from vtc.engine.llm.held import Held, Memory, remember
+from vtc.engine.llm.held import Held, Memory
+from vtc.engine.llm.logical import remember
 from vtc.engine.llm.rows import Rows
 from vtc.engine.plan import Plan
 from vtc.errors import StateError
