@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -14,11 +15,20 @@ from vtc.tables import methods_page, models_table, steps_table
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["docs/encoders.md", "docs/paradigm.md"])
+@pytest.mark.parametrize("page", ["docs/encoders.md", "docs/how-it-works.md", "docs/paradigm.md"])
 def test_examples_run(page):
     failed, tried = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=doctest.ELLIPSIS)
     assert tried > 0
     assert failed == 0
+
+
+@pytest.mark.parametrize(
+    "page", [*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md"], ids=lambda page: page.name
+)
+def test_every_file_that_is_named_exists(page):
+    """Pages say where things are; files move."""
+    named = re.findall(r"`((?:vtc|adapters|kernels|eval|tests|scripts|docs)/[\w./-]*\w)`", page.read_text("utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_page_of_methods_is_up_to_date():
