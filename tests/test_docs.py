@@ -10,7 +10,7 @@ import pytest
 
 from vtc.engine.host import contract
 from vtc.eval.report_markdown import markdown, page
-from vtc.tables import methods_page, models_table, steps_table
+from vtc.tables import methods_page, models_table, signals_table, steps_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +41,7 @@ def test_the_page_of_methods_is_up_to_date():
     ("page", "table", "command"),
     [
         ("docs/paradigm.md", steps_table, "vtc methods --markdown` under 'Filter, correlate, compress"),
+        ("docs/paradigm.md", signals_table, "vtc signals --markdown` under 'What a stage may read"),
         ("docs/models.md", models_table, "vtc models --markdown"),
     ],
 )

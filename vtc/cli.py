@@ -1,5 +1,6 @@
-"""The command line: `vtc methods`, `vtc models`, and the commands that the packages above the core add."""
+"""The command line: what `vtc` knows (methods, signals, models), and the commands that the packages above it add."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -14,7 +15,8 @@ from vtc.adapter import adapter_classes
 from vtc.capabilities import capabilities
 from vtc.errors import UnsupportedModelError, VTCError
 from vtc.registry import describe, methods
-from vtc.tables import methods_page, models_table
+from vtc.signals import SIGNALS
+from vtc.tables import methods_page, models_table, signals_table
 from vtc.testing.oracle_table import LIMIT, worst_difference
 from vtc.testing.tiny import families
 
@@ -49,6 +51,21 @@ def list_methods(as_json: Json = False, as_markdown: Markdown = False) -> None:
     for row in rows:
         steps = " / ".join(row[step] for step in ("filter", "correlate", "compress") if row[step] != "none")
         table.add_row(row["method"], " ".join(row["sites"]), steps, row["fidelity"], row["arxiv"] or "")
+    Console().print(table)
+
+
+@app.command("signals")
+def list_signals(as_json: Json = False, as_markdown: Markdown = False) -> None:
+    """List what a stage may read beside the features: shapes, sites, and what each holds."""
+    if as_markdown:
+        typer.echo(signals_table())
+        return
+    if as_json:
+        print_json([{"signal": name, **dataclasses.asdict(kind)} for name, kind in SIGNALS.items()])
+        return
+    table = Table("signal", "shape", "sites", "what it is", title="Signals")
+    for name, kind in SIGNALS.items():
+        table.add_row(name, kind.shape, " ".join(kind.sites), kind.doc)
     Console().print(table)
 
 

@@ -20,60 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vtc.errors import BudgetError, SpecError
+from vtc.signals import SIGNALS
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
 #: in the order in which a forward pass meets them
 SITES = ("pixels", "tower", "tower_out", "llm_in", "layer", "decode")
-
-#: signal name -> what the tensor is, batch first and padded like the tokens
-SIGNALS = {
-    "cls_attention": "[B, N] probability that [CLS] gives each token at the feature layer, mean over heads",
-    "cls_attention_layers": "[B, L, N] cls_attention of every tower layer, from the first to the feature layer",
-    "cls_logits": "[B, N] scaled logit of [CLS] for each token before the softmax, mean over heads",
-    "cls_hidden": "[CLS] as the first token of x (num_prefix = 1)",
-    "cls_query": "[B, H, d] query of [CLS] at the feature layer, as projected (unscaled)",
-    "received_attention": "[B, N] attention each token receives at the feature layer, mean over heads and queries",
-    "keys": "[B, H, N, d] keys at the block (tower[i]), at the feature layer (tower_out), or after RoPE at the layer "
-    "before the site (LLM)",
-    "query_attention": "[B, N] probability the query rows give each visual token; rows: last token, mean over the text "
-    "behind the image, or mean over all",
-    "query_logits": "[B, N] scaled logit of the query rows for each visual token before the softmax, mean over heads",
-    "queries": "[B, H, N, d] queries of the visual tokens after RoPE at the layer before the site, or of the block "
-    "(tower[i]), such that logits are q.k / sqrt(d)",
-    "position": "[B, N] int64 place of each visual token in the prompt",
-    "clip_image_embeds": "[B, N, E] patches in CLIP's joint space: visual_projection(post_layernorm(feature layer))",
-    "clip_text_embeds": "[B, M, E] CLIP text embeddings of the question, one per 77 tokens; zero rows are padding",
-    "low_keys": "[B, H, N, d] keys at tower block `Signal.layer`, counted from the first (0-based)",
-    "square_grid": "[B] bool, whether the host takes square grids of tokens only",
-    "tile": "[B, 4] int64 of a group that is a tile: number of its image in the batch, its number in the image (0: the "
-    "full image), (height, width) of the image in tiles; (b, 0, 0, 0) for an image without tiles",
-    "normed_states": "[B, N, D] hidden states after the LLM's final norm",
-    "text_embeds": "[B, T, D] embeddings of the sample's text tokens, padded; text_mask says which are valid",
-    "text_queries": "[B, H, T, d] queries of the text tokens after RoPE at the layer before the site",
-    "text_keys": "[B, G, T, d] keys of the text tokens after RoPE at the layer before the site",
-    "text_states": "[B, T, D] hidden states of the text tokens after the LLM's final norm",
-    "text_position": "[B, T] int64 place of each text token in the prompt",
-    "text_after": "[B, T] whether the text token stands after the last visual token of the sample",
-    "text_attention": "[B, T, N] probability each text row gives each visual token, mean over heads",
-    "text_attention_heads": "[B, H, T, N] the same, head by head",
-    "text_gravity": "[B, T, N] mean product of vectors of ones, rotated to the places of a text row and of a visual "
-    "token: what RoPE alone makes of their distance, 1 where there is none",
-    "attention_to_text": "[B, N, T] probability each visual row gives each text token, mean over heads",
-    "attention_output": "[B, N, D] output of the self-attention (after o_proj) at the layer before the site",
-    "visual_embeds": "[B, V, D] embeddings of all visual tokens of the sample that entered the LLM, padded; "
-    "visual_mask says which are valid",
-    "layer_input": "[B, N, D] hidden states that entered the layer before the site",
-    "mlp_input": "[B, N, D] normed hidden states that entered the MLP of the layer before the site",
-    "sequence_queries": "[B, H, S, d] queries of all rows, text and visual, after RoPE at the layer before the site",
-    "sequence_keys": "[B, G, S, d] keys of all rows after RoPE at the layer before the site",
-    "sequence_valid": "[B, S] bool, which rows are no padding",
-    "sequence_row": "[B, N] int64 row of each visual token among them",
-    "global_attention": "[B, N] probability the mean query of all tokens up to the last visual one gives each visual "
-    "token, among those tokens, at the layer itself, without RoPE, mean over heads",
-    "sizes": "[B, N] how many input tokens each token stands for so far",
-    "layer_keys": "[B, G, N, d] keys of the layer itself (of the hidden states that enter it), after RoPE",
-}
 
 
 @dataclass(frozen=True)
@@ -122,7 +74,7 @@ class Signal:
     """What a stage reads beside the features.
 
     Args:
-        name: one of `SIGNALS`.
+        name: one of `vtc.signals.SIGNALS`.
         layer: layer offset relative to the default one (tower: the block whose output is the feature; LLM: the layer
             before the site, so that 1 is the layer at the site itself, read from the states that enter it).
         rows: for query_attention and query_logits: "last" (last row of the prompt), "text" (mean over the text behind

@@ -5,6 +5,7 @@ from typing import Any
 
 from vtc.capabilities import capabilities
 from vtc.registry import describe, methods
+from vtc.signals import SIGNALS
 
 METHODS = """# Methods
 
@@ -56,6 +57,17 @@ def steps_table() -> str:
     names = ("filter", "correlate", "compress")
     rows = [(f"`{data['method']}`", *(data[name] for name in names)) for data in map(describe, methods())]
     return _table(("method", *names), rows)
+
+
+def signals_table() -> str:
+    """One row per signal: its axes, where it can be read, and what it holds."""
+    rows = []
+    for name, kind in SIGNALS.items():
+        shape = f"`[{', '.join(kind.axes)}]`" + (f" {kind.dtype}" if kind.dtype != "float" else "")
+        others = [f"`{other}`" for other in kind.comes_with if other != name]
+        doc = f"{kind.doc}; comes with {', '.join(others)}" if others else kind.doc
+        rows.append((f"`{name}`", shape, ", ".join(kind.sites), doc))
+    return _table(("signal", "shape", "sites", "what it is"), rows)
 
 
 def published_table() -> str:

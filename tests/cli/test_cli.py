@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import vtc
+from vtc.signals import SIGNALS
 
 RUN = [sys.executable, "-m", "vtc"]
 
@@ -23,6 +24,13 @@ def test_methods_as_json():
     assert {row["fidelity"] for row in rows} <= {"golden", "paper", "reconstructed", "control"}
     # the command prints what the function returns, families included
     assert rows == json.loads(json.dumps([vtc.describe(slug, families=True) for slug in vtc.methods()]))
+
+
+def test_signals_as_json():
+    rows = json.loads(call("signals", "--json").stdout)
+    assert [row["signal"] for row in rows] == list(SIGNALS)
+    (entry,) = [row for row in rows if row["signal"] == "tile"]
+    assert (entry["shape"], entry["dtype"], entry["sites"]) == ("B 4", "int64", ["tower_out"])
 
 
 def test_models_as_json():

@@ -3,30 +3,28 @@
     from vtc.testing import check_method
     check_method(MyMethod(budget=vtc.Budget(tokens=8)))
 
-Each check takes a method and one of its stages and raises AssertionError with what was broken. Signals are drawn from
-their declared shapes, so a new signal needs no code here.
+Each check takes a method and one of its stages and raises AssertionError with what was broken. Signals are drawn as
+`vtc.signals` declares them, so a new signal needs no code here.
 """
 
 import copy
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from vtc.registry import from_dict
+from vtc.signals import SIGNALS, read_at
 from vtc.spec import format_spec, parse
-from vtc.stages import SIGNALS, Method, Stage
+from vtc.stages import Method, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout, Tokens
 
 Check = Callable[[Method, Stage], None]
 
 #: sizes of the axes that signals name beside the batch B and the tokens N
-AXES = {"D": 48, "H": 2, "G": 2, "L": 4, "T": 6, "M": 2, "E": 10, "S": 12, "V": 9, "d": 8, "4": 4}
-#: signals that cover the prefix too
-WITH_PREFIX = ("keys", "queries", "sizes")
+AXES = {"D": 48, "H": 2, "G": 2, "L": 4, "T": 6, "M": 2, "E": 10, "S": 12, "V": 9, "d": 8}
 RAGGED = (30, 9, 24)
 BUDGETS: tuple[int | float, ...] = (1, 6, 0.3, 0.9)
 
@@ -41,15 +39,12 @@ def draw_tokens(
 ) -> Tokens:
     """Random tokens of ragged groups with what `stage` reads, and garbage in the padding; `axes` as in `AXES`."""
     generator = torch.Generator().manual_seed(seed)
-    names = {signal.name for signal in stage.signals}
-    prefix = int("cls_hidden" in names or stage.site.name == "tower")
-    names -= {"cls_hidden"}
-    if any(name.startswith("text_") or name.endswith("_to_text") for name in names):
-        names |= {"text_mask"}
-    if "visual_embeds" in names:
-        names |= {"visual_mask"}
+    names = read_at(stage.site.name, tuple(signal.name for signal in stage.signals))
+    apart = sorted(name for name in names if SIGNALS[name].draw != "prefix")
+    prefix = int(len(apart) < len(names) or stage.site.name == "tower")
     width = max(lengths)
-    signals = {name: _draw(name, len(lengths), width, prefix, generator, dtype, axes) for name in sorted(names)}
+    sizes = {**AXES, **axes, "B": len(lengths), "N": width}
+    signals = {name: _draw(name, sizes, prefix, generator, dtype) for name in apart}
     index = torch.arange(width).expand(len(lengths), -1)
     row = index.masked_fill(index >= torch.tensor(lengths)[:, None], -1)
     layout = Layout(row.clamp(max=0), row, row.clamp(max=0), tuple(((1, n),) for n in lengths))
@@ -145,7 +140,7 @@ def check_equivariance(method: Method, stage: Stage) -> None:
     tokens = draw_tokens(stage, (20,), 6)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
     moved = {
-        name: value.index_select(_axis(name), order) if _axis(name) >= 0 else value
+        name: value if SIGNALS[name].axis < 0 else value.index_select(SIGNALS[name].axis, order)
         for name, value in tokens.signals.items()
     }
     shuffled = dataclasses.replace(tokens, x=tokens.x[:, order], signals=moved)
@@ -201,54 +196,40 @@ def _stays(stage: Stage, tokens: Tokens, token_map: TokenMap, b: int) -> tuple[i
     return len(anchors) - prefix, anchors[prefix:]
 
 
-def _axes(name: str) -> list[str]:
-    """The axes that a signal's declaration names: "[B, H, N, d] ..." -> ["B", "H", "N", "d"]."""
-    declared = {"text_mask": "[B, T] ", "visual_mask": "[B, V] "}.get(name) or SIGNALS[name]
-    match = re.match(r"\[([^\]]+)\]", declared)
-    assert match is not None, f"signal {name!r} does not declare its shape"
-    return [axis.strip() for axis in match.group(1).split(",")]
-
-
-def _axis(name: str) -> int:
-    """Which axis of a signal counts the tokens; -1: none."""
-    axes = _axes(name)
-    return axes.index("N") if "N" in axes else -1
-
-
-def _draw(
-    name: str,
-    batch: int,
-    width: int,
-    prefix: int,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    axes: Mapping[str, int],
-) -> Tensor:
-    sizes = {**AXES, **axes, "B": batch, "N": width + (prefix if name in WITH_PREFIX else 0)}
-    shape = [sizes[axis] for axis in _axes(name)]
-    if name == "text_mask":
-        return torch.arange(sizes["T"]) < torch.arange(2, batch + 2)[:, None]
-    if name in ("visual_mask", "sequence_valid"):
-        return torch.ones(shape, dtype=torch.bool)
-    if name == "square_grid":
-        return torch.zeros(shape, dtype=torch.bool)
-    if name == "sequence_row":
-        return torch.arange(shape[1]).expand(shape) % sizes["S"]
-    if name == "text_after":
-        return torch.arange(sizes["T"]).expand(shape) >= 1
-    if name.endswith("position"):
-        return torch.arange(shape[1]).expand(shape) + 5
-    if name == "tile":
-        return torch.stack([torch.tensor([b, 0, 0, 0]) for b in range(batch)])
-    if name == "sizes":
-        return torch.randint(1, 5, shape, generator=generator).to(dtype)
-    drawn = torch.randn(shape, generator=generator)
-    return (drawn.mul(2).exp() / 500 if "attention" in name and name != "attention_output" else drawn).to(dtype)
+def _draw(name: str, sizes: Mapping[str, int], prefix: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """A random signal; `sizes` of the axes by letter, without the prefix."""
+    kind = SIGNALS[name]
+    sizes = {**sizes, "N": sizes["N"] + prefix * kind.prefix}
+    shape = [int(axis) if axis.isdigit() else sizes[axis] for axis in kind.axes]
+    number = torch.arange(shape[-1]).expand(shape)
+    match kind.draw:
+        case "normal":
+            return torch.randn(shape, generator=generator).to(dtype)
+        case "probability":
+            return (torch.randn(shape, generator=generator).mul(2).exp() / 500).to(dtype)
+        case "count":
+            return torch.randint(1, 5, shape, generator=generator).to(dtype)
+        case "place":
+            return number + 5
+        case "row":
+            return number % sizes["S"]
+        case "valid":
+            return number < torch.arange(2, shape[0] + 2)[:, None]
+        case "behind":
+            return number >= 1
+        case "all":
+            return torch.ones(shape, dtype=torch.bool)
+        case "none":
+            return torch.zeros(shape, dtype=torch.bool)
+        case "tile":
+            return torch.tensor([[image, 0, 0, 0] for image in range(shape[0])])
+        case "prefix":
+            raise AssertionError(f"{name} is a token of x")
 
 
 def _flat(name: str, value: Tensor, constant: float) -> Tensor:
     """A signal with nothing to tell; masks, places and sizes stay."""
-    return torch.full_like(value, constant) if value.is_floating_point() and name != "sizes" else value
+    return torch.full_like(value, constant) if SIGNALS[name].draw in ("normal", "probability") else value
 
 
 def _alone(stage: Stage, tokens: Tokens, b: int) -> Tokens:
@@ -256,12 +237,11 @@ def _alone(stage: Stage, tokens: Tokens, b: int) -> Tokens:
     n = tokens.lengths[b]
     signals = {}
     for name, value in tokens.signals.items():
-        part = value[b : b + 1]
-        axis = _axis(name)
-        keep = n + (tokens.num_prefix if name in WITH_PREFIX else 0)
-        signals[name] = part if axis < 0 else part.narrow(axis, 0, keep)
-    if "tile" in signals:
-        signals["tile"] = torch.tensor([[0, 0, 0, 0]])
+        kind, part = SIGNALS[name], value[b : b + 1]
+        if kind.draw == "tile":
+            part = value[:1]
+        keep = n + tokens.num_prefix * kind.prefix
+        signals[name] = part if kind.axis < 0 else part.narrow(kind.axis, 0, keep)
     assert tokens.layout is not None
     extra = tokens.layout.row.shape[1] - max(tokens.lengths)  # inside the tower the layout covers the prefix
     layout = dataclasses.replace(tokens.layout.groups([b]).map(lambda part: part[:, : n + extra]))
