@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vtc.engine.host import contract
-from vtc.eval.report_markdown import markdown, page
+from vtc.eval.results.page import markdown, page
 from vtc.tables import methods_page, models_table, signals_table, steps_table
 
 ROOT = Path(__file__).parents[1]

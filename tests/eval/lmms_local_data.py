@@ -13,7 +13,7 @@ import lmms_eval
 from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator, mmbench_process_results
 from lmms_eval.tasks.scienceqa.utils import sqa_process_results
 
-from vtc.eval.scenes import draw_scene, questions, scene_seed
+from vtc.eval.scenes.draw import draw_scene, questions, scene_seed
 
 BUILT_IN = {
     "pope": ("pope/pope.yaml", "test"),

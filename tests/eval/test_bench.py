@@ -10,8 +10,9 @@ import pytest
 
 import vtc
 from vtc.adapter import adapter_for
-from vtc.eval import bench, results
-from vtc.eval.bench import Plan, Settings, Subject
+from vtc.eval.bench import cells as bench
+from vtc.eval.bench.cells import Plan, Settings, Subject
+from vtc.eval.results import file as results
 from vtc.testing import tiny
 
 pytest.importorskip("sklearn")
@@ -163,7 +164,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, tmp_path):
 
 
 def test_own_questions(tmp_path):
-    from vtc.eval.scenes import draw_scene, questions
+    from vtc.eval.scenes.draw import draw_scene, questions
 
     scene = draw_scene(3)
     scene.image.save(tmp_path / "a.png")

@@ -8,12 +8,10 @@ from typer.testing import CliRunner
 import vtc
 from vtc import errors
 from vtc.cli import app
-from vtc.eval import (
-    calibrate,
-    cli,  # noqa: F401  the commands
-    suites,
-)
+from vtc.eval.cli import run  # noqa: F401  the commands
+from vtc.eval.data import suites
 from vtc.eval.loading import load
+from vtc.eval.probe import calibrate
 
 
 def call(*arguments):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtc
 from vtc import flops
 from vtc.adapter import adapter_for
-from vtc.eval.costs import observed_encoder
+from vtc.eval.bench.costs import observed_encoder
 from vtc.testing import families, tiny
 from vtc.testing.tiny import PROMPTS, VIDEO_PROMPTS
 

@@ -3,7 +3,7 @@
 import pytest
 
 import vtc
-from vtc.eval.doctor import diagnose
+from vtc.eval.probe.doctor import diagnose
 from vtc.testing import families, tiny
 
 

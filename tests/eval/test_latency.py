@@ -7,9 +7,9 @@ import torch
 
 import vtc
 from vtc.adapter import adapter_for
-from vtc.eval import archs
-from vtc.eval.ideal import ideal
-from vtc.eval.latency import PHASES, Variant, measure
+from vtc.eval.bench import architectures
+from vtc.eval.bench.ideal import ideal
+from vtc.eval.bench.latency import PHASES, Variant, measure
 from vtc.testing import families, tiny
 
 #: stock classes whose `generate` takes no embeddings
@@ -126,11 +126,11 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", archs.archs())
+@pytest.mark.parametrize("name", architectures.archs())
 def test_architectures_are_as_large_as_published(name):
     from transformers import AutoModelForImageTextToText
 
-    arch = archs._ARCHS[name]
+    arch = architectures._ARCHS[name]
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(arch.config(arch.tower, arch.decoder))
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(PUBLISHED[name], abs=0.01)
@@ -138,7 +138,7 @@ def test_architectures_are_as_large_as_published(name):
 
 @pytest.mark.parametrize(("name", "tokens"), [("llava-1.5-7b", 576), ("llava-next-7b", 2928), ("qwen3-vl-8b", 1024)])
 def test_small_twins_answer_prompts_with_as_many_tokens(name, tokens):
-    built = archs.build(name, "cpu")
+    built = architectures.build(name, "cpu")
     assert built.is_small
     inputs = built.inputs(1)
     with vtc.compress(built.model, "uniform:64", positions="original") as handle, torch.inference_mode():
@@ -149,4 +149,4 @@ def test_small_twins_answer_prompts_with_as_many_tokens(name, tokens):
 
 def test_unknown_architectures_are_refused():
     with pytest.raises(vtc.VTCError, match=r"llava-1\.5-7b"):
-        archs.build("llava-1.5-8b", "cpu")
+        architectures.build("llava-1.5-8b", "cpu")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vtc.eval.compare import compare
 from vtc.eval.lmms.evaluate import TASKS
-from vtc.eval.results import read
+from vtc.eval.results.compare import compare
+from vtc.eval.results.file import read
 from vtc.extras import available
 
 NEEDED = ("lmms_eval", "decord", "sklearn", "skimage")
@@ -101,7 +101,7 @@ def test_the_questions_and_answers_are_those_of_the_drawn_scenes(finished):
 
     from vtc.engine import compress
     from vtc.eval.loading import load
-    from vtc.eval.scenes import scene_suite
+    from vtc.eval.scenes.draw import scene_suite
 
     drawn = [(s, q) for s, q in scene_suite("test", 25, 0) if q.category == "count"][:3]
     loaded = load(device="cpu")

@@ -127,7 +127,7 @@ def test_a_group_without_its_own_score_is_the_mean_of_its_subtasks():
 
 
 def test_spec_strings_of_the_command_line():
-    from vtc.eval.eval_cli import _arguments, _specs
+    from vtc.eval.cli.lmms import _arguments, _specs
 
     assert _specs("visionzip, fastv", "64,50%") == ["visionzip:64", "visionzip:0.5", "fastv:64", "fastv:0.5"]
     assert _specs("fastervlm:128 + dart@3:64; fastv@3:0.5", "64") == ["fastervlm:128 + dart@3:64", "fastv@3:0.5"]

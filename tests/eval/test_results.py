@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 import vtc
-from vtc.eval import plots, report_markdown, results
-from vtc.eval.compare import compare
+from vtc.eval.results import file as results
+from vtc.eval.results import page as pages
+from vtc.eval.results import plots
+from vtc.eval.results.compare import compare
 
 
 def share(right, questions):
@@ -130,12 +132,12 @@ def test_the_page_tells_the_numbers_of_the_file(tmp_path):
     )
     found["cells"]["b:4"] = {"kind": "method", "refused": "no | signal"}
     results.write(found, tmp_path / "r.json")
-    page = report_markdown.page([tmp_path / "r.json"])
+    page = pages.page([tmp_path / "r.json"])
     assert "| `a` | 75.0 % (10-90) |" in page
     assert "-25.0 (" in page
     assert "4.00x | 400%" in page
     assert "| `b` | no \\| signal |" in page
-    assert page == report_markdown.page([tmp_path / "r.json"])
+    assert page == pages.page([tmp_path / "r.json"])
 
 
 def test_the_committed_run_can_be_drawn(tmp_path):

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from vtc.eval import scenes
-from vtc.eval.scenes import (
+from vtc.eval.scenes import draw
+from vtc.eval.scenes.draw import (
     BACKGROUNDS,
     CATEGORIES,
     COLOURS,
@@ -131,7 +131,7 @@ def test_splits_never_share_a_seed():
 @needs_extra
 def test_handwritten_digits_of_splits_are_different_samples():
     def strokes(split):
-        drawn = [scenes._handwriting(scene_seed(split, 0), random.Random(index))[0] for index in range(200)]
+        drawn = [draw._handwriting(scene_seed(split, 0), random.Random(index))[0] for index in range(200)]
         return {array.tobytes() for array in drawn}
 
     train, val, test = strokes("train"), strokes("val"), strokes("test")
@@ -169,7 +169,7 @@ def test_labelled_patches_show_the_colour_of_their_shape():
     ("argument", "name", "package"), [("backgrounds", "photo", "skimage"), ("kinds", "digit", "sklearn")]
 )
 def test_missing_package_is_skipped_by_auto_and_named_when_asked_for(monkeypatch, argument, name, package):
-    monkeypatch.setattr(scenes, "available", lambda wanted: wanted != package)
+    monkeypatch.setattr(draw, "available", lambda wanted: wanted != package)
     with pytest.raises(ImportError, match=r"vtc-toolkit\[scenes\]"):
         draw_scene(0, **{argument: name})
     other = "kinds" if argument == "backgrounds" else "backgrounds"

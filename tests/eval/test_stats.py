@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtc.eval.stats import mcnemar, median_difference, paired, unpaired
+from vtc.eval.results.stats import mcnemar, median_difference, paired, unpaired
 
 counts = st.integers(0, 40)
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import vtc
-from vtc.eval import suites
+from vtc.eval.data import suites
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import torch
 
 import vtc
 from vtc.engine.vision.call import ENCODE
-from vtc.eval.accuracy import Prepared, score
+from vtc.eval.bench.accuracy import Prepared, score
+from vtc.eval.data.suites import scenes
 from vtc.eval.loading import load
-from vtc.eval.suites import scenes
 
 TOKENS = 96  # of 576
 

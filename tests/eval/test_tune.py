@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import vtc
-from vtc.eval import results
-from vtc.eval.tune import Goal, choose
+from vtc.eval.bench.tune import Goal, choose
+from vtc.eval.results import file as results
 
 
 def cell(right, ttft, questions=100, **other):

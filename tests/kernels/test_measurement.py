@@ -1,4 +1,4 @@
-"""`python -m vtc.eval.kernels`: what stops it, what it survives, and what a run leaves."""
+"""`python -m vtc.eval.kernel_bench`: what stops it, what it survives, and what a run leaves."""
 
 import json
 import pathlib
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vtc.errors import EvaluationError
-from vtc.eval import kernels as measurement
-from vtc.eval.kernel_cases import SETUPS, Case, Inputs, Size
+from vtc.eval.kernel_bench import measure as measurement
+from vtc.eval.kernel_bench.cases import SETUPS, Case, Inputs, Size
 
 QUICK = ["--device", "cpu", "--operations", "compact", "cosine_match", "--tokens", "64", "--repeats", "3"]
 
@@ -136,7 +136,7 @@ def test_a_lost_device_is_continued_in_a_new_process(monkeypatch):
     monkeypatch.setattr(measurement, "_release", lambda device: 1 / 0)
     monkeypatch.setattr(measurement.os, "execv", lambda program, arguments: started.append(arguments))
     measurement._recover("cuda", ["--out", "x.json"], ["--resume"])
-    assert started[0][1:] == ["-m", "vtc.eval.kernels", "--out", "x.json", "--resume"]
+    assert started[0][1:] == ["-m", "vtc.eval.kernel_bench", "--out", "x.json", "--resume"]
 
 
 def test_a_gpu_run_puts_batch_one_first_and_slow_compilations_last():

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from vtc.errors import EvaluationError, InputError, SpecError, UnsupportedModelError, VTCError, unknown_name
-from vtc.eval.environment import environment
-from vtc.eval.intervals import wilson
 from vtc.eval.lmms import timings
 from vtc.eval.lmms.models import BASES, EMBEDDED, PREFIX, base_of, wrapped
 from vtc.eval.lmms.watch import RunFailed
-from vtc.eval.results import DENSE, SCHEMA, Cell, Result, complete, read, run_of, write
+from vtc.eval.results.environment import environment
+from vtc.eval.results.file import DENSE, SCHEMA, Cell, Result, complete, read, run_of, write
+from vtc.eval.results.intervals import wilson
 from vtc.extras import require
 from vtc.spec import format_spec, parse
 

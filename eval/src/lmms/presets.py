@@ -24,7 +24,7 @@ from typing import Any
 
 from vtc.errors import SpecError, unknown_name
 from vtc.eval.lmms.evaluate import Settings
-from vtc.eval.results import DENSE
+from vtc.eval.results.file import DENSE
 from vtc.registry import methods
 from vtc.spec import format_spec, parse
 

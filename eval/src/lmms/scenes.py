@@ -7,7 +7,7 @@ downloaded, and the questions are those of `vtc bench` with the same numbers.
 import functools
 from typing import Any
 
-from vtc.eval.scenes import Question, Scene, scene_suite
+from vtc.eval.scenes.draw import Question, Scene, scene_suite
 
 
 @functools.lru_cache(maxsize=2)

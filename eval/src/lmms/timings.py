@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from vtc.eval.timing import summary
+from vtc.eval.results.timing import summary
 
 #: milliseconds of single requests, reported with their quantiles
 TIMES = ("ttft_ms", "tpot_ms", "selection_ms")

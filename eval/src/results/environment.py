@@ -30,7 +30,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the source tree that runs, with "+changes" where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
     done = subprocess.run(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtc.errors import InputError, unknown_name
-from vtc.eval.results import DENSE, Cell, Result, latency_of, run_of, state_of
+from vtc.eval.results.file import DENSE, Cell, Result, latency_of, run_of, state_of
 
 Read = Callable[[Cell, Cell, int], float | None]
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from vtc.adapter import Adapter
 from vtc.engine import Handle
-from vtc.eval.costs import is_part, projector_of
-from vtc.eval.timing import Timing, summary
+from vtc.eval.bench.costs import is_part, projector_of
+from vtc.eval.results.timing import Timing, summary
 
 PHASES = ("encoder_ms", "projector_ms", "selection_ms", "prefill_ms", "ttft_ms", "decode_ms_per_token")
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from vtc.engine import Handle
-from vtc.eval.intervals import accuracy_table, wilson
+from vtc.eval.data.suites import Suite, is_right
 from vtc.eval.loading import Loaded
-from vtc.eval.suites import Suite, is_right
+from vtc.eval.results.intervals import accuracy_table, wilson
 from vtc.report import Report
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vtc.errors import InputError
-from vtc.eval.report_markdown import title
-from vtc.eval.results import DENSE, RANDOM, Cell, Result, budget_of, latency_of, method_of, run_of, state_of
+from vtc.eval.results.file import DENSE, RANDOM, Cell, Result, budget_of, latency_of, method_of, run_of, state_of
+from vtc.eval.results.page import title
 from vtc.extras import require
 
 #: name of the plot -> label of its horizontal axis

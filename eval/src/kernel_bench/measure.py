@@ -1,4 +1,4 @@
-"""Measures the operations of `vtc.kernels`: `python -m vtc.eval.kernels`.
+"""Measures the operations of `vtc.kernels`: `python -m vtc.eval.kernel_bench`.
 
 In one run, on the same inputs: Triton (on a CUDA or ROCm device), the chunked torch path, the eager path (the
 reference, or for greedy selection the usual code with the whole matrix and one row per step), `torch.compile` of that
@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from vtc.errors import EvaluationError
-from vtc.eval.environment import environment
-from vtc.eval.kernel_cases import SETUPS, Call, Case, Inputs, Size
-from vtc.eval.timing import Timing, compare, summary
+from vtc.eval.kernel_bench.cases import SETUPS, Call, Case, Inputs, Size
+from vtc.eval.results.environment import environment
+from vtc.eval.results.timing import Timing, compare, summary
 
 TOKENS, WIDTHS, BATCHES = (576, 2880, 6272, 25088), (1024, 3584), (1, 8, 32)
 QUICK_TOKENS, QUICK_WIDTHS, QUICK_BATCHES = (576, 2880), (1024,), (1,)
@@ -360,7 +360,7 @@ def table(rows: list[dict[str, Any]], path: str) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m vtc.eval.kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m vtc.eval.kernel_bench", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype", default=None, help="float32, float16 or bfloat16; default bfloat16, on the CPU float32"
@@ -481,7 +481,7 @@ def _recover(device: str, arguments: list[str] | None, changes: list[str]) -> No
     except Exception:
         print("The device is lost; a new process continues.", flush=True)
         given = sys.argv[1:] if arguments is None else arguments
-        os.execv(sys.executable, [sys.executable, "-m", "vtc.eval.kernels", *given, *changes])
+        os.execv(sys.executable, [sys.executable, "-m", "vtc.eval.kernel_bench", *given, *changes])
 
 
 def _finish(run: Run, *, is_red: bool) -> int:
@@ -525,7 +525,3 @@ def _print(row: dict[str, Any]) -> None:
         speed,
         flush=True,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

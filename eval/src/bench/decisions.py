@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from vtc.errors import VTCError
-from vtc.eval.archs import TEXT_TOKENS, VICUNA_7B
-from vtc.eval.results import Result, state_of, write
-from vtc.eval.timing import Timing, compare
+from vtc.eval.bench.architectures import TEXT_TOKENS, VICUNA_7B
+from vtc.eval.results.file import Result, state_of, write
+from vtc.eval.results.timing import Timing, compare
 from vtc.spec import parse
 from vtc.stages import Method
 from vtc.testing.conformance import draw_tokens
@@ -61,7 +61,7 @@ def row(spec: str, reference: Mapping[str, Any], device: torch.device) -> dict[s
             timing = decision(spec, n, device)
         except VTCError as error:
             return {"refused": str(error)}
-        except Exception as error:  # as in `vtc.eval.bench`: a broken method costs its own row only
+        except Exception as error:  # as in `vtc.eval.bench.cells`: a broken method costs its own row only
             traceback.print_exc()
             return {"failed": f"{type(error).__name__}: {error}"}
         found[str(n)] = {**dataclasses.asdict(timing), "share": timing.median / reference[str(n)]["median"]}

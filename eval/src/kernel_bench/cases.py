@@ -1,4 +1,4 @@
-"""What `python -m vtc.eval.kernels` measures: one setup per operation, the same inputs for every provider.
+"""What `python -m vtc.eval.kernel_bench` measures: one setup per operation, the same inputs for every provider.
 
 Eager is the reference, except for greedy selection: there it is the usual code, with the whole matrix once and one row
 per step. Inputs are drawn on the device with a fixed seed and shared by all operations of one size.

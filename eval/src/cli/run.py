@@ -1,4 +1,4 @@
-"""Commands that run or read models: `vtc run`, `vtc doctor`, `vtc calibrate`, and those of `vtc.eval.bench_cli`."""
+"""Commands that run or read models: `vtc run`, `vtc doctor`, `vtc calibrate`, and those of `vtc.eval.cli.bench`."""
 
 import random
 from pathlib import Path
@@ -11,15 +11,15 @@ from rich.table import Table
 
 from vtc.cli import Json, app, print_json
 from vtc.engine.host.contract import SWITCH, tested_range
-from vtc.eval import bench_cli
-from vtc.eval.calibrate import calibrate_command
-from vtc.eval.doctor import diagnose
+from vtc.eval.bench.prompt import RunResult, run
+from vtc.eval.cli import bench
 from vtc.eval.loading import embedded_path, load, open_image
-from vtc.eval.run import RunResult, run
-from vtc.eval.scenes import draw_scene, questions
+from vtc.eval.probe.calibrate import calibrate_command
+from vtc.eval.probe.doctor import diagnose
+from vtc.eval.scenes.draw import draw_scene, questions
 from vtc.testing.self_check import self_check
 
-bench_cli.add_to(app)
+bench.add_to(app)
 app.command("calibrate")(calibrate_command)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vtc.errors import InputError
-from vtc.eval.accuracy import loyalty
-from vtc.eval.stats import paired
+from vtc.eval.bench.accuracy import loyalty
+from vtc.eval.results.stats import paired
 
 SCHEMA = 2
 DENSE, IDEAL, RANDOM = "dense", "ideal", "random"

@@ -1,6 +1,6 @@
 """The card of the embedded model, written from its `training.json`.
 
-python -m vtc.eval.scenes_card model_cards/scenes-llava
+python -m vtc.eval.scenes.card model_cards/scenes-llava
 """
 
 import json
@@ -53,7 +53,7 @@ visual tokens. It is a stock `LlavaForConditionalGeneration`; no remote code.
 
 ```python
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-from vtc.eval.scenes import draw_scene, scene_seed
+from vtc.eval.scenes.draw import draw_scene, scene_seed
 
 folder = "model_cards/scenes-llava"
 processor = AutoProcessor.from_pretrained(folder)
@@ -67,7 +67,7 @@ print(processor.decode(answer, skip_special_tokens=True))
 
 ## Data
 
-Everything is drawn by `vtc/eval/scenes.py` from a seed: 1 to 6 objects that do not overlap. Objects are shapes (circle,
+Everything is drawn by `vtc/eval/scenes/draw.py` from a seed: 1 to 6 objects that do not overlap. Objects are shapes (circle,
 square, triangle, star, cross, ring) in six colours and two sizes (14-18 and 24-32 pixels), at most one handwritten digit
 and at most one of sixteen short words, on plain, striped, checked, dotted or photographic backgrounds. Handwritten digits
 are those of scikit-learn's `load_digits`; one sample in ten is kept for validation and one for the test. Photographs are

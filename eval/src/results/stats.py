@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vtc.eval.intervals import wilson
+from vtc.eval.results.intervals import wilson
 
 RESAMPLES = 10_000
 

@@ -12,11 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vtc.adapter import adapter_for
 from vtc.cli import Json, Markdown, print_json
 from vtc.errors import InputError, MissingExtraError
-from vtc.eval import archs, compare, plots, report_markdown, selection, suites, tables, tune
-from vtc.eval.accuracy import Prepared
-from vtc.eval.bench import Plan, Settings, Subject, bench, failures, image_methods, plans
+from vtc.eval.bench import architectures, decisions, tune
+from vtc.eval.bench.accuracy import Prepared
+from vtc.eval.bench.cells import Plan, Settings, Subject, bench, failures, image_methods, plans
+from vtc.eval.data import suites
 from vtc.eval.loading import load
-from vtc.eval.results import Cell, Result, read
+from vtc.eval.results import compare, page, plots, terminal
+from vtc.eval.results.file import Cell, Result, read
 from vtc.tokens import Budget
 
 bench_app = typer.Typer(
@@ -56,7 +58,8 @@ def bench_command(
     limit: Annotated[int | None, typer.Option(min=1, help="First questions of --data.")] = None,
     model: Model = None,
     arch: Annotated[
-        str | None, typer.Option(help=f"Random weights, times only: {', '.join(archs.archs())}. Small on a CPU.")
+        str | None,
+        typer.Option(help=f"Random weights, times only: {', '.join(architectures.archs())}. Small on a CPU."),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -110,15 +113,15 @@ def bench_command(
         out.unlink(missing_ok=True)
     result = run_with_progress(subject, cells, settings, out)
     if with_selection:
-        selection.add(result, specs(method), subject.adapter.device, out, _console().print)
+        decisions.add(result, specs(method), subject.adapter.device, out, _console().print)
     if plot or quick:
         _draw(result, out, optional=not plot)
     if as_json:
         print_json(result)
     elif as_markdown:
-        typer.echo(report_markdown.markdown(result))
+        typer.echo(page.markdown(result))
     else:
-        tables.show(result, tables.console())
+        terminal.show(result, terminal.console())
     if failures(result):
         raise SystemExit(1)
 
@@ -134,7 +137,7 @@ def compare_command(
     if as_json:
         print_json(rows)
         return
-    tables.show_comparison(rows, first.name, second.name, tables.console())
+    terminal.show_comparison(rows, first.name, second.name, terminal.console())
 
 
 @bench_app.command("plot")
@@ -152,7 +155,7 @@ def report_command(
     out: Annotated[Path | None, typer.Option(help="Where the page is written. None: standard output.")] = None,
 ) -> None:
     """Write the Markdown page of result files; docs/results.md is made this way."""
-    text = report_markdown.page(results)
+    text = page.page(results)
     if out is None:
         typer.echo(text, nl=False)
     else:
@@ -210,7 +213,7 @@ def run_with_progress(subject: Subject, cells: Sequence[Plan], settings: Setting
             if cell is None:
                 bar.update(task, description=name)
                 return
-            bar.print(f"{name}: {tables.summary(cell)}", highlight=False)
+            bar.print(f"{name}: {terminal.summary(cell)}", highlight=False)
             bar.advance(task)
 
         stored = read(out)["cells"] if out.exists() else {}
@@ -289,7 +292,7 @@ def _random(arch: str, device: str | None, dtype: str, attention: str | None) ->
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    built = archs.build(arch, device, dtype, attention)
+    built = architectures.build(arch, device, dtype, attention)
     about = built.about()
     if built.is_small:
         _console().print(

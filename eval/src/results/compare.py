@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vtc.errors import InputError
-from vtc.eval.results import Cell, Result, latency_of, run_of, state_of
-from vtc.eval.stats import median_difference, paired, unpaired
+from vtc.eval.results.file import Cell, Result, latency_of, run_of, state_of
+from vtc.eval.results.stats import median_difference, paired, unpaired
 
 TIMES = ("ttft_ms", "decode_ms_per_token")
 

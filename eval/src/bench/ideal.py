@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vtc.adapter import Adapter
 from vtc.errors import InputError, UnsupportedFeatureError
-from vtc.eval.latency import Variant
+from vtc.eval.bench.latency import Variant
 
 
 def ideal(adapter: Adapter, inputs: Mapping[str, Tensor], kept: int) -> Variant:

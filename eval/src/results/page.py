@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vtc.eval.results import (
+from vtc.eval.results.file import (
     DENSE,
     Cell,
     Result,
@@ -97,7 +97,7 @@ def title(result: Result) -> str:
 
 def selection_table(result: Result) -> str:
     """Time of each method's decision alone, fastest first at the smallest size."""
-    from vtc.eval.selection import REFERENCE
+    from vtc.eval.bench.decisions import REFERENCE
 
     table = result["selection"]
     sizes = list(table[REFERENCE])

@@ -1,10 +1,10 @@
 """Train the small LLaVA of `model_cards/scenes-llava` on drawn scenes, on a CPU, and export it.
 
-    python -m vtc.eval.train_scenes --out runs/scenes --preset cpu --export model_cards/scenes-llava
+    python -m vtc.eval.scenes.train --out runs/scenes --preset cpu --export model_cards/scenes-llava
 
 On two cores one process per core is faster than two threads:
 
-    python -m torch.distributed.run --nproc-per-node 2 -m vtc.eval.train_scenes --threads 1 --out runs/scenes ...
+    python -m torch.distributed.run --nproc-per-node 2 -m vtc.eval.scenes.train --threads 1 --out runs/scenes ...
 
 The model is a stock `LlavaForConditionalGeneration`, a CLIP tower with [CLS] and a Llama decoder. Stages:
 
@@ -49,8 +49,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vtc.eval.intervals import accuracy_table
-from vtc.eval.scenes import (
+from vtc.eval.results.intervals import accuracy_table
+from vtc.eval.scenes.card import card
+from vtc.eval.scenes.draw import (
     BACKGROUNDS,
     CATEGORIES,
     COLOURS,
@@ -66,7 +67,6 @@ from vtc.eval.scenes import (
     scene_seed,
     scene_suite,
 )
-from vtc.eval.scenes_card import card
 from vtc.kernels import attention_rows
 
 PATCH = 8
@@ -593,7 +593,7 @@ def export(
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line; see the module's first lines."""
-    parser = argparse.ArgumentParser(prog="python -m vtc.eval.train_scenes", description="Train the scenes LLaVA.")
+    parser = argparse.ArgumentParser(prog="python -m vtc.eval.scenes.train", description="Train the scenes LLaVA.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -616,7 +616,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.export and os.environ.get("RANK", "0") == "0":
         steps = " ".join(str(stage.steps) for stage in preset.stages)
         command = (
-            f"python -m vtc.eval.train_scenes --preset {options.preset} --seed {options.seed} --steps {steps} "
+            f"python -m vtc.eval.scenes.train --preset {options.preset} --seed {options.seed} --steps {steps} "
             "--out runs/scenes --export model_cards/scenes-llava"
         )
         record = export(state, preset, command, options.seed, options.per_category, options.export, options.note)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vtc.errors import InputError
 from vtc.eval.loading import open_image
-from vtc.eval.scenes import scene_suite
+from vtc.eval.scenes.draw import scene_suite
 
 #: appended to questions for models that were not trained on one-word answers
 ONE_WORD = "Answer the question using a single word or phrase."

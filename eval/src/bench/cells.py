@@ -19,12 +19,12 @@ from vtc.adapter import Adapter
 from vtc.engine import Handle, compress
 from vtc.engine.host import names
 from vtc.errors import InputError, VTCError
-from vtc.eval.accuracy import Prepared, costs, score
-from vtc.eval.costs import observed_encoder
-from vtc.eval.environment import environment
-from vtc.eval.ideal import ideal
-from vtc.eval.latency import Phases, Variant, measure
-from vtc.eval.results import DENSE, IDEAL, SCHEMA, Cell, Result, complete, read, state_of, write
+from vtc.eval.bench.accuracy import Prepared, costs, score
+from vtc.eval.bench.costs import observed_encoder
+from vtc.eval.bench.ideal import ideal
+from vtc.eval.bench.latency import Phases, Variant, measure
+from vtc.eval.results.environment import environment
+from vtc.eval.results.file import DENSE, IDEAL, SCHEMA, Cell, Result, complete, read, state_of, write
 from vtc.registry import method_class, methods
 from vtc.report import Report
 from vtc.spec import parse
@@ -292,7 +292,7 @@ def _prompt_costs(subject: Subject, kept: int | None) -> dict[str, Any]:
 
 
 def _costs_of(adapter: Adapter, batches: Sequence[Mapping[str, Tensor]], kept: int | None) -> dict[str, Any]:
-    """What `vtc.eval.accuracy.costs` says of a report, for prompts of which `kept` visual tokens (None: all) enter."""
+    """What `accuracy.costs` says of a report, for prompts of which `kept` visual tokens (None: all) enter."""
     placeholders = torch.tensor([encoder.placeholder_id for encoder in adapter.encoders])
     size = next(adapter.language_model.parameters()).element_size()
     config, layers = adapter.text_config, len(adapter.layers)

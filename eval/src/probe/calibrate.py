@@ -16,8 +16,8 @@ import vtc
 from vtc.adapter import adapter_for
 from vtc.cli import Json, print_json
 from vtc.errors import InputError, unknown_name
-from vtc.eval import suites
-from vtc.eval.accuracy import Prepared
+from vtc.eval.bench.accuracy import Prepared
+from vtc.eval.data import suites
 from vtc.eval.loading import Loaded, load
 from vtc.methods.dymu import ThresholdFinder
 

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vtc.eval.results import Cell, Result, budget_of, latency_of, method_of, run_of, state_of
-from vtc.eval.selection import REFERENCE
+from vtc.eval.bench.decisions import REFERENCE
+from vtc.eval.results.file import Cell, Result, budget_of, latency_of, method_of, run_of, state_of
 
 #: columns of a table that has place for all of them
 EVERYTHING = 260
@@ -80,7 +80,7 @@ def show(result: Result, console: Console) -> None:
         )
         console.print(
             "FLOPs: 2 x multiply-accumulates; a decoder layer on n tokens takes 4nD(H+G)d + 4nnHd + 6nDI "
-            "(width D, H heads and G key heads of d, gated MLP of I); vtc.flops, vtc.eval.costs have the rest",
+            "(width D, H heads and G key heads of d, gated MLP of I); vtc.flops, vtc.eval.bench.costs have the rest",
             soft_wrap=True,
         )
     idle = Table("not run", "why", title="Methods that did not run on this model")
@@ -178,7 +178,7 @@ def _idle(cells: dict[str, Cell]) -> dict[str, str]:
 
 
 def show_comparison(rows: Sequence[dict[str, Any]], first: str, second: str, console: Console) -> None:
-    """The rows of `vtc.eval.compare.compare`."""
+    """The rows of `vtc.eval.results.compare.compare`."""
     columns = ("cell", "accuracy", "difference", "p", "first token ms", "difference", "per token ms", "difference")
     table = Table(*columns, title=f"{second} against {first}, 95 % intervals")
     for row in rows:

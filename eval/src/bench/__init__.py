@@ -1,0 +1,1 @@
+"""Measuring methods at budgets: cells, answers, times, the floor, decisions alone, and the choice among cells."""

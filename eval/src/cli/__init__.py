@@ -1,0 +1,1 @@
+"""The commands of `vtc` that run models: options and printing, nothing else."""

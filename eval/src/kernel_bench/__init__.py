@@ -1,0 +1,1 @@
+"""Measuring the operations of `vtc.kernels`: `python -m vtc.eval.kernel_bench`."""

@@ -1,0 +1,7 @@
+"""Runs `vtc.eval.kernel_bench.measure`."""
+
+import sys
+
+from vtc.eval.kernel_bench.measure import main
+
+sys.exit(main())

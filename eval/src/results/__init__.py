@@ -1,0 +1,1 @@
+"""Result files, what follows from them, and the ways to show them."""
