@@ -10,7 +10,7 @@ import torch
 from vtc.engine import Handle
 from vtc.eval.data.suites import Suite, is_right
 from vtc.eval.loading import Loaded
-from vtc.eval.results.intervals import accuracy_table, wilson
+from vtc.eval.results.intervals import accuracy_table
 from vtc.report import Report
 
 
@@ -71,13 +71,6 @@ def score(suite: Suite, answers: Answers) -> dict[str, Any]:
         "answers": list(answers.texts),
         "seconds": round(answers.seconds, 2),
     }
-
-
-def loyalty(answers: Sequence[str], dense: Sequence[str]) -> dict[str, Any]:
-    """Share of answers that are those of the uncompressed model, right or wrong, with its Wilson interval."""
-    same = sum(a == b for a, b in zip(answers, dense, strict=True))
-    low, high = wilson(same, len(dense))
-    return {"share": round(same / len(dense), 4), "wilson95": [round(low, 4), round(high, 4)]}
 
 
 def costs(reports: Sequence[Report]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from vtc.errors import VTCError
 from vtc.eval.bench.architectures import TEXT_TOKENS, VICUNA_7B
-from vtc.eval.results.file import Result, state_of, write
+from vtc.eval.results.file import REFERENCE, Result, state_of, write
 from vtc.eval.results.timing import Timing, compare
 from vtc.spec import parse
 from vtc.stages import Method
@@ -29,7 +29,6 @@ SIDE = 24
 SIZES: Mapping[int, int] = {576: 1, 2880: 5}
 KEPT = 1 / 9  # 64 of 576, as most papers report
 AXES = {"D": 1024, "H": 16, "G": 16, "L": 24, "T": 32, "M": 2, "E": 768, "d": 64}
-REFERENCE = "dense prefill"
 #: seconds after which a method is not timed again, and calls that are timed at most
 PATIENCE, RUNS = 2.0, 5
 

@@ -12,7 +12,6 @@ between; elsewhere they are clock readings.
     decode_ms_per_token    mean over the tokens that follow
 """
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -194,8 +193,3 @@ class _Cuda:
 
 def _clock(device: torch.device) -> _Host | _Cuda:
     return _Cuda(device) if device.type == "cuda" else _Host()
-
-
-def median(phases: Phases, name: str) -> float | None:
-    """Median of one phase, None where it was not measured."""
-    return statistics.median(phases.samples[name]) if phases.samples.get(name) else None

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vtc.errors import InputError
-from vtc.eval.bench.accuracy import loyalty
-from vtc.eval.results.stats import paired
+from vtc.eval.results.stats import loyalty, paired
 
 SCHEMA = 2
 DENSE, IDEAL, RANDOM = "dense", "ideal", "random"
+#: row of `selection` that the shares of the others refer to
+REFERENCE = "dense prefill"
 
 Result = dict[str, Any]
 Cell = dict[str, Any]

@@ -6,6 +6,7 @@ from typing import Any
 
 from vtc.eval.results.file import (
     DENSE,
+    REFERENCE,
     Cell,
     Result,
     budget_of,
@@ -97,8 +98,6 @@ def title(result: Result) -> str:
 
 def selection_table(result: Result) -> str:
     """Time of each method's decision alone, fastest first at the smallest size."""
-    from vtc.eval.bench.decisions import REFERENCE
-
     table = result["selection"]
     sizes = list(table[REFERENCE])
     rows = [

@@ -95,3 +95,10 @@ def median_difference(first: Sequence[float], second: Sequence[float], seed: int
         medians.append(np.median(rng.choice(values, size=(RESAMPLES, len(values))), axis=1))
     low, high = np.quantile(medians[1] - medians[0], [0.025, 0.975])
     return float(np.median(second) - np.median(first)), float(low), float(high)
+
+
+def loyalty(answers: Sequence[str], dense: Sequence[str]) -> dict[str, Any]:
+    """Share of answers that are those of the uncompressed model, right or wrong, with its Wilson interval."""
+    same = sum(a == b for a, b in zip(answers, dense, strict=True))
+    low, high = wilson(same, len(dense))
+    return {"share": round(same / len(dense), 4), "wilson95": [round(low, 4), round(high, 4)]}

@@ -7,8 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vtc.eval.bench.decisions import REFERENCE
-from vtc.eval.results.file import Cell, Result, budget_of, latency_of, method_of, run_of, state_of
+from vtc.eval.results.file import REFERENCE, Cell, Result, budget_of, latency_of, method_of, run_of, state_of
 
 #: columns of a table that has place for all of them
 EVERYTHING = 260
