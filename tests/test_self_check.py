@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import vtc.eval.cli.run  # noqa: F401 (adds `vtc doctor`)
+import vtc.eval.cli.doctor  # noqa: F401 (adds `vtc doctor`)
 from vtc.cli import app
 from vtc.engine.host import contract
 from vtc.engine.llm import exit, layers, logical

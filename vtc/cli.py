@@ -21,7 +21,7 @@ from vtc.testing.oracle_table import LIMIT, worst_difference
 from vtc.testing.tiny import families
 
 #: modules whose import adds commands to `app`; named, not imported, so that the core does not depend on them
-COMMAND_MODULES = ("vtc.eval.cli.run", "vtc.eval.cli.lmms")
+COMMAND_MODULES = tuple(f"vtc.eval.cli.{name}" for name in ("bench", "tune", "calibrate", "run", "doctor", "lmms"))
 
 app = typer.Typer(
     name="vtc",

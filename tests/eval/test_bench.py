@@ -11,7 +11,9 @@ import pytest
 import vtc
 from vtc.adapter import adapter_for
 from vtc.eval.bench import cells as bench
-from vtc.eval.bench.cells import Plan, Settings, Subject
+from vtc.eval.bench.cells import Plan, Settings
+from vtc.eval.bench.subject import Subject
+from vtc.eval.cli._options import specs
 from vtc.eval.results import file as results
 from vtc.testing import tiny
 
@@ -231,3 +233,7 @@ def test_all_means_every_registered_image_method():
     known = {slug for slug in vtc.methods() if "video" not in vtc.describe(slug)["tags"]}
     assert set(bench.image_methods()) == known
     assert set(bench.controls()) <= known
+
+
+def test_commas_inside_parentheses_belong_to_a_spec():
+    assert specs("a(x=1, y=(2, 3)), b@2:64,, c") == ["a(x=1, y=(2, 3))", "b@2:64", "c"]

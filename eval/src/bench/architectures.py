@@ -176,10 +176,13 @@ def archs() -> tuple[str, ...]:
     return tuple(sorted(_ARCHS))
 
 
-def build(name: str, device: str, dtype: str = "auto", attention: str | None = None, seed: int = 0) -> BuiltArch:
+def build(
+    name: str, device: str | None = None, dtype: str = "auto", attention: str | None = None, seed: int = 0
+) -> BuiltArch:
     """A random-weight model, its weights drawn where they lie; small on a CPU.
 
     Args:
+        device: "cpu", "cuda", ...; None: CUDA if there is one.
         dtype: "float32", "bfloat16", "float16" or "auto" (float32 on CPU, bfloat16 elsewhere).
         attention: attn_implementation; None: the model's default.
 
@@ -190,6 +193,7 @@ def build(name: str, device: str, dtype: str = "auto", attention: str | None = N
 
     if name not in _ARCHS:
         raise unknown_name("architecture", name, _ARCHS, "vtc bench --help")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     arch, is_small = _ARCHS[name], torch.device(device).type == "cpu"
     if is_small:
         arch = arch.small()

@@ -19,10 +19,11 @@ from vtc.adapter import Adapter
 from vtc.engine import Handle, compress
 from vtc.engine.host import names
 from vtc.errors import InputError, VTCError
-from vtc.eval.bench.accuracy import Prepared, costs, score
+from vtc.eval.bench.accuracy import costs, score
 from vtc.eval.bench.costs import observed_encoder
 from vtc.eval.bench.ideal import ideal
 from vtc.eval.bench.latency import Phases, Variant, measure
+from vtc.eval.bench.subject import Subject
 from vtc.eval.results.environment import environment
 from vtc.eval.results.file import DENSE, IDEAL, SCHEMA, Cell, Result, complete, read, state_of, write
 from vtc.registry import method_class, methods
@@ -31,25 +32,6 @@ from vtc.spec import parse
 
 Budgets = Sequence[int | float]
 Progress = Callable[[str, Cell | None], None]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured.
-
-    Args:
-        name: the model, as the reader knows it.
-        adapter: of the loaded model.
-        inputs: from a batch size, that many equal prompts to be timed.
-        prepared: the questions; None: nothing is asked, only timed.
-        about: what goes into the result file beside the name.
-    """
-
-    name: str
-    adapter: Adapter
-    inputs: Callable[[int], dict[str, Tensor]]
-    prepared: Prepared | None
-    about: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

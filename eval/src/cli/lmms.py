@@ -11,6 +11,7 @@ from rich.table import Table
 
 from vtc.cli import Json, app, print_json
 from vtc.errors import EvaluationError, SpecError
+from vtc.eval.cli._options import Device, Model, Positions, split
 from vtc.eval.lmms import presets
 from vtc.eval.lmms.evaluate import TASKS, Settings, sweep
 from vtc.registry import methods
@@ -29,13 +30,13 @@ def eval_command(
     budget: Annotated[
         str, typer.Option("--budgets", help="Token counts or shares, separated by commas, for specs without their own.")
     ] = "64",
-    model: Annotated[str | None, typer.Option(help="Folder or hub id. None: the embedded model.")] = None,
+    model: Model = None,
     preset: Annotated[
         str | None, typer.Option(help="A published table: its model, tasks, methods and budgets, and its numbers.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Result file; finished tasks in it are not run again.")] = Path("eval.json"),
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... None: a GPU if there is one.")] = None,
-    positions: Annotated[str, typer.Option(help="Position ids: original, compact or auto.")] = "auto",
+    device: Device = None,
+    positions: Positions = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="First questions of each task. None: all.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at once, where lmms-eval's class can.")] = 1,
     lmms_model: Annotated[
@@ -108,19 +109,9 @@ def eval_command(
 
 
 def _specs(methods_text: str, budgets: str) -> list[str]:
-    if methods_text.strip() == "all":
-        written = list(methods())
-    else:
-        # commas also separate the options of one spec, which stand in parentheses
-        written, depth = [""], 0
-        for sign in methods_text:
-            depth += {"(": 1, ")": -1}.get(sign, 0)
-            if sign == ";" or (sign == "," and not depth):
-                written.append("")
-            else:
-                written[-1] += sign
+    written = methods() if methods_text.strip() == "all" else split(methods_text, ",;")
     found: dict[str, None] = {}
-    for text in filter(None, map(str.strip, written)):
+    for text in written:
         needs = any(part.budget is None for part in parse(text))
         for value in budgets.split(",") if needs else [None]:
             found[format_spec(parse(text, None if value is None else Budget.of(value.strip())))] = None
@@ -131,7 +122,7 @@ def _specs(methods_text: str, budgets: str) -> list[str]:
 
 def _arguments(text: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
+    for item in split(text):
         name, sign, value = item.partition("=")
         if not sign:
             raise SpecError(f"model argument {item!r} is not of the form name=value.")

@@ -100,6 +100,13 @@ def from_file(path: Path, limit: int | None = None) -> Suite:
     return Suite({"name": path.name, "sha256": digest, "limit": limit}, tuple(items), max_new_tokens=32)
 
 
+def from_file_or_drawn(
+    path: Path | None, limit: int | None, per_category: int, seed: int = 0, split: str = "test", one_word: bool = False
+) -> Suite:
+    """`from_file` where there is a file, else `scenes`."""
+    return scenes(per_category, seed, split, one_word) if path is None else from_file(path, limit)
+
+
 def is_right(answer: str, expected: Sequence[str]) -> bool:
     """Whether an answer equals one of the expected ones, whatever its case, articles and punctuation."""
     return normal(answer) in {normal(text) for text in expected}

@@ -4,21 +4,18 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor, nn
 
 import vtc
 from vtc.adapter import adapter_for
-from vtc.cli import Json, print_json
 from vtc.errors import InputError, unknown_name
 from vtc.eval.bench.accuracy import Prepared
 from vtc.eval.data import suites
-from vtc.eval.loading import Loaded, load
+from vtc.eval.loading import Loaded
 from vtc.methods.dymu import ThresholdFinder
 
 Inputs = Mapping[str, Any]
@@ -154,39 +151,3 @@ def calibrate(
         raise unknown_name("method with a calibration", method, CALIBRATIONS, "vtc calibrate --help")
     options, measured = CALIBRATIONS[method](loaded, Prepared(loaded, suite, batch_size), keep)
     return Calibration(method, loaded.name, options, measured, suite.about)
-
-
-def calibrate_command(
-    method: Annotated[str, typer.Argument(help=f"What to calibrate: {', '.join(CALIBRATIONS)}.")],
-    out: Annotated[Path, typer.Option(help="Where to write what was found, as JSON.")],
-    model: Annotated[str | None, typer.Option(help="Folder or hub id. None: the embedded model.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Own questions: JSON lines with image, question, answer, category.")
-    ] = None,
-    per_category: Annotated[
-        int, typer.Option(min=1, help="Drawn questions of each of the eight categories, without --data.")
-    ] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of the drawn questions.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one forward.")] = 8,
-    keep: Annotated[int | None, typer.Option(min=1, help="dymu: tokens of an image that stay on average.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... None: a GPU if there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure what a method needs to know about a model, on validation scenes or your own questions."""
-    if method not in CALIBRATIONS:
-        raise unknown_name("method with a calibration", method, CALIBRATIONS, "vtc calibrate --help")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {str(out)!r}: there is no folder {str(out.absolute().parent)!r}. Create it first.")
-    # no test scenes: what is chosen here is measured on those
-    suite = suites.scenes(per_category, seed, split="val") if data is None else suites.from_file(data)
-    found = calibrate(method, load(model, device, dtype), suite, batch_size, keep)
-    found.write(out)
-    if as_json:
-        print_json(asdict(found))
-        return
-    console = Console()
-    for part in (found.options, found.measured):
-        for name, value in part.items():
-            console.print(f"{name}: {value}", soft_wrap=True, highlight=False)
-    console.print(f"written to {out}")
