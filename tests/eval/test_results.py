@@ -154,3 +154,12 @@ def test_runs_without_questions_have_no_pictures(tmp_path):
     found = result(dense={"kind": "dense"})
     with pytest.raises(vtc.VTCError, match="nothing to draw"):
         plots.draw(found, tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    "typed", ["Result", "Run", "Cell", "Tokens", "Latency", "Task", "Share", "Difference", "Quantiles"]
+)
+def test_the_page_of_the_format_names_every_entry(typed):
+    page = (Path(__file__).parents[2] / "docs" / "results-format.md").read_text()
+    missing = [key for key in getattr(results, typed).__annotations__ if f"`{key}`" not in page]
+    assert not missing

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from vtc.engine import Handle
 from vtc.eval.data.suites import Suite, is_right
 from vtc.eval.loading import Loaded
+from vtc.eval.results.file import Cell
 from vtc.eval.results.intervals import accuracy_table
 from vtc.report import Report
 
@@ -58,7 +58,7 @@ class Prepared:
         return Answers(tuple(texts), tuple(reports), time.perf_counter() - start)
 
 
-def score(suite: Suite, answers: Answers) -> dict[str, Any]:
+def score(suite: Suite, answers: Answers) -> Cell:
     """Accuracy per category with Wilson intervals, and the single answers."""
     right = [is_right(text, item.answers) for item, text in zip(suite.items, answers.texts, strict=True)]
     counts = dict.fromkeys(suite.categories, (0, 0))
@@ -73,7 +73,7 @@ def score(suite: Suite, answers: Answers) -> dict[str, Any]:
     }
 
 
-def costs(reports: Sequence[Report]) -> dict[str, Any]:
+def costs(reports: Sequence[Report]) -> Cell:
     """Token counts in the three conventions, FLOPs of the LLM's prefill and KV bytes, as means over samples."""
     samples = sum(len(report.visual_tokens) for report in reports)
 

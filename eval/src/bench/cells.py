@@ -7,7 +7,7 @@ means, goes on with the cell that it was in.
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,22 @@ from vtc.eval.bench.ideal import ideal
 from vtc.eval.bench.latency import Phases, Variant, measure
 from vtc.eval.bench.subject import Subject
 from vtc.eval.results.environment import environment
-from vtc.eval.results.file import DENSE, IDEAL, SCHEMA, Cell, Result, complete, read, state_of, write
+from vtc.eval.results.file import (
+    DENSE,
+    IDEAL,
+    SCHEMA,
+    Cell,
+    Kind,
+    Latency,
+    Result,
+    Run,
+    complete,
+    read,
+    reason_of,
+    state_of,
+    write,
+)
+from vtc.eval.results.timing import Quantiles
 from vtc.registry import method_class, methods
 from vtc.report import Report
 from vtc.spec import parse
@@ -59,7 +74,7 @@ class Plan:
     """One cell to be filled; `spec` is None for the dense model and the ideal."""
 
     name: str
-    kind: str
+    kind: Kind
     spec: str | None = None
     budget: int | float | None = None
 
@@ -89,7 +104,7 @@ def plans(specs: Iterable[str], budgets: Budgets, with_controls: bool = True, wi
         if all(method.budget is not None or not method.wants_budget for method in parse(spec)):
             found.append(Plan(spec, "method", spec))
             continue
-        kind = "control" if spec in known else "method"
+        kind: Kind = "control" if spec in known else "method"
         for budget in budgets:
             for method in parse(spec, budget):
                 method.stages()
@@ -136,21 +151,25 @@ def opened(subject: Subject, settings: Settings, path: Path | None) -> Result:
         InputError: it holds another one.
     """
     model = subject.adapter.model
-    run = {
+    run: Run = {
         "model": subject.name,
         **subject.about,
-        **asdict(settings),
+        "positions": settings.positions,
+        "batches": list(settings.batches),
+        "runs": settings.runs,
+        "warmup": settings.warmup,
+        "new_tokens": settings.new_tokens,
+        "memory": settings.memory,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": names.attention_of(subject.adapter.text_config),
     }
-    run["batches"] = list(settings.batches)
     here = environment(subject.adapter.device)
     result: Result = {"schema": SCHEMA, "run": run, "environment": here, "cells": {}}
     if path is None or not path.exists():
         return result
     stored = read(path)
-    theirs = {**stored.get("run", {}), "device": stored.get("environment", {}).get("device")}
-    ours = {**run, "device": here["device"]}
+    theirs: dict[str, object] = {**stored.get("run", {}), "device": stored.get("environment", {}).get("device")}
+    ours: dict[str, object] = {**run, "device": here["device"]}
     differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if differing:
         key = differing[0]
@@ -163,8 +182,8 @@ def opened(subject: Subject, settings: Settings, path: Path | None) -> Result:
 
 def failures(result: Result) -> dict[str, str]:
     """Cells, and decisions alone, in which a method broke (as opposed to being refused), with the reason."""
-    cells = {**{f"selection of {name}": row for name, row in result.get("selection", {}).items()}, **result["cells"]}
-    return {name: cell["failed"] for name, cell in cells.items() if state_of(cell) == "failed"}
+    alone = {f"selection of {name}": row for name, row in result.get("selection", {}).items()}
+    return {name: reason_of(cell) for name, cell in {**alone, **result["cells"]}.items() if state_of(cell) == "failed"}
 
 
 def _cell(subject: Subject, settings: Settings, plan: Plan) -> Cell:
@@ -200,7 +219,7 @@ def _measured(subject: Subject, settings: Settings, plan: Plan) -> Cell:
     return cell
 
 
-def _latency(subject: Subject, settings: Settings, plan: Plan, kept: int | None, batch: int) -> dict[str, Any]:
+def _latency(subject: Subject, settings: Settings, plan: Plan, kept: int | None, batch: int) -> Latency:
     """Times of one cell at one batch size, taken in turns with the dense model; FLOPs and bytes per sample."""
     adapter, inputs = subject.adapter, subject.inputs(batch)
 
@@ -268,12 +287,12 @@ def _kept(subject: Subject, plan: Plan) -> int:
         return _one_report(subject, handle).entering[0]
 
 
-def _prompt_costs(subject: Subject, kept: int | None) -> dict[str, Any]:
+def _prompt_costs(subject: Subject, kept: int | None) -> Cell:
     batches = [subject.inputs(1)] if subject.prepared is None else subject.prepared.batches
     return _costs_of(subject.adapter, batches, kept)
 
 
-def _costs_of(adapter: Adapter, batches: Sequence[Mapping[str, Tensor]], kept: int | None) -> dict[str, Any]:
+def _costs_of(adapter: Adapter, batches: Sequence[Mapping[str, Tensor]], kept: int | None) -> Cell:
     """What `accuracy.costs` says of a report, for prompts of which `kept` visual tokens (None: all) enter."""
     placeholders = torch.tensor([encoder.placeholder_id for encoder in adapter.encoders])
     size = next(adapter.language_model.parameters()).element_size()
@@ -293,9 +312,14 @@ def _costs_of(adapter: Adapter, batches: Sequence[Mapping[str, Tensor]], kept: i
                 totals[i] += value
         samples += len(before)
     before_mean, after_mean, short_flops, full_flops, short_bytes, full_bytes = (total / samples for total in totals)
-    tokens = {name: round(after_mean, 2) for name in ("entering_llm", "after_last_cut", "layer_average")}
+    entering = round(after_mean, 2)
     return {
-        "tokens": {"before": round(before_mean, 2), **tokens},
+        "tokens": {
+            "before": round(before_mean, 2),
+            "entering_llm": entering,
+            "after_last_cut": entering,
+            "layer_average": entering,
+        },
         "flops": round(short_flops),
         "flops_dense": round(full_flops),
         "kv_bytes": round(short_bytes),
@@ -304,8 +328,5 @@ def _costs_of(adapter: Adapter, batches: Sequence[Mapping[str, Tensor]], kept: i
     }
 
 
-def _rounded(phases: Phases) -> dict[str, dict[str, float]]:
-    return {
-        name: {key: round(value, 3) for key, value in asdict(timing).items()}
-        for name, timing in phases.summaries().items()
-    }
+def _rounded(phases: Phases) -> dict[str, Quantiles]:
+    return {name: timing.to_dict() for name, timing in phases.summaries().items()}

@@ -17,7 +17,7 @@ from torch import nn
 
 from vtc.errors import VTCError
 from vtc.eval.bench.architectures import TEXT_TOKENS, VICUNA_7B
-from vtc.eval.results.file import REFERENCE, Result, state_of, write
+from vtc.eval.results.file import REFERENCE, Result, reason_of, state_of, write
 from vtc.eval.results.timing import Timing, compare
 from vtc.spec import parse
 from vtc.stages import Method
@@ -43,7 +43,7 @@ def add(
     """Fill `result["selection"]`, and write the file after each method; rows that are there already stay."""
     table = result.setdefault("selection", {})
     if REFERENCE not in table:
-        table[REFERENCE] = {str(n): dataclasses.asdict(dense_prefill(n, device)) for n in SIZES}
+        table[REFERENCE] = {str(n): dense_prefill(n, device).to_dict(None) for n in SIZES}
         write(result, path)
     for spec in specs:
         if spec not in table:
@@ -63,15 +63,14 @@ def row(spec: str, reference: Mapping[str, Any], device: torch.device) -> dict[s
         except Exception as error:  # as in `vtc.eval.bench.cells`: a broken method costs its own row only
             traceback.print_exc()
             return {"failed": f"{type(error).__name__}: {error}"}
-        found[str(n)] = {**dataclasses.asdict(timing), "share": timing.median / reference[str(n)]["median"]}
+        found[str(n)] = {**timing.to_dict(None), "share": timing.median / reference[str(n)]["median"]}
     return found
 
 
 def in_words(found: Mapping[str, Any]) -> str:
     """A row as a short text."""
-    state = state_of(dict(found))
-    if state != "done":
-        return f"{state}: {found[state]}"
+    if state_of(found) != "done":
+        return f"{state_of(found)}: {reason_of(found)}"
     return ", ".join(f"N={n} {cell['median']:.2f} ms ({cell['share']:.2%} of a prefill)" for n, cell in found.items())
 
 

@@ -12,7 +12,7 @@ from vtc.engine import compress
 from vtc.eval.bench.costs import observed_encoder
 from vtc.eval.loading import Loaded
 from vtc.eval.overlay import overlay, seen_image
-from vtc.eval.results.environment import environment
+from vtc.eval.results.environment import Environment, environment
 from vtc.eval.results.timing import Timing, compare
 from vtc.report import Report
 
@@ -39,7 +39,7 @@ class RunResult:
     encoder_flops: dict[str, int]
     ttft: dict[str, Timing]
     overlay: str | None
-    environment: dict[str, Any]
+    environment: Environment
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -1,6 +1,6 @@
 """What is measured: a loaded model with questions, or an architecture with random weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from vtc.eval.bench.accuracy import Prepared
 from vtc.eval.bench.architectures import BuiltArch
 from vtc.eval.data.suites import Suite
 from vtc.eval.loading import Loaded
+from vtc.eval.results.file import Run
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Subject:
     adapter: Adapter
     inputs: Callable[[int], dict[str, Tensor]]
     prepared: Prepared | None
-    about: Mapping[str, Any]
+    about: Run
 
 
 def with_questions(loaded: Loaded, suite: Suite, ask: bool = True, batch_size: int = 8) -> Subject:
@@ -45,5 +46,5 @@ def with_questions(loaded: Loaded, suite: Suite, ask: bool = True, batch_size: i
 
 def without_weights(built: BuiltArch) -> Subject:
     """An architecture whose answers mean nothing: nothing is asked."""
-    about = {"suite": None, "arch": built.about()}
+    about: Run = {"suite": None, "arch": built.about()}
     return Subject(built.name, adapter_for(built.model), built.inputs, None, about)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtc.errors import InputError, unknown_name
-from vtc.eval.results.file import DENSE, Cell, Result, latency_of, run_of, state_of
+from vtc.eval.results.file import DENSE, Cell, Latency, Result, Tokens, latency_of, run_of, state_of
 
 Read = Callable[[Cell, Cell, int], float | None]
 
@@ -20,16 +20,17 @@ def _phase(name: str) -> Read:
     return read
 
 
-def _timed(name: str) -> Read:
+def _timed(of: Callable[[Latency], float | None]) -> Read:
     def read(cell: Cell, dense: Cell, batch: int) -> float | None:
         entry = latency_of(cell, batch)
-        return None if entry is None or entry.get(name) is None else float(entry[name])
+        found = None if entry is None else of(entry)
+        return None if found is None else float(found)
 
     return read
 
 
-def _tokens(name: str) -> Read:
-    return lambda cell, dense, batch: cell["tokens"][name] if "tokens" in cell else None
+def _tokens(of: Callable[[Tokens], float]) -> Read:
+    return lambda cell, dense, batch: of(cell["tokens"]) if "tokens" in cell else None
 
 
 def _relative_accuracy(cell: Cell, dense: Cell, batch: int) -> float | None:
@@ -52,15 +53,15 @@ def _lower_bound(cell: Cell, dense: Cell, batch: int) -> float | None:
 
 #: what can be made small
 COSTS: Mapping[str, Read] = {
-    "ttft": _timed("ttft_ms"),
+    "ttft": _timed(lambda entry: entry.get("ttft_ms")),
     "decode": _phase("decode_ms_per_token"),
     "selection": _phase("selection_ms"),
     "prefill": _phase("prefill_ms"),
-    "memory": _timed("peak_bytes"),
+    "memory": _timed(lambda entry: entry["peak_bytes"]),
     "kv": lambda cell, dense, batch: cell.get("kv_bytes"),
     "flops": lambda cell, dense, batch: cell.get("flops"),
-    "tokens": _tokens("entering_llm"),
-    "average_tokens": _tokens("layer_average"),
+    "tokens": _tokens(lambda tokens: tokens["entering_llm"]),
+    "average_tokens": _tokens(lambda tokens: tokens["layer_average"]),
 }
 #: what can be asked for; "accuracy" and "accuracy_low" are relative to the dense model
 METRICS: Mapping[str, Read] = {
@@ -68,7 +69,7 @@ METRICS: Mapping[str, Read] = {
     "accuracy_low": _lower_bound,
     "absolute_accuracy": _share_right,
     "agreement": lambda cell, dense, batch: cell.get("agreement_with_dense"),
-    "speed_up": _timed("speed_up"),
+    "speed_up": _timed(lambda entry: entry.get("speed_up")),
     **COSTS,
 }
 _SIGNS: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}

@@ -14,6 +14,7 @@ from vtc.errors import EvaluationError, SpecError
 from vtc.eval.cli._options import Device, Model, Positions, split
 from vtc.eval.lmms import presets
 from vtc.eval.lmms.evaluate import TASKS, Settings, sweep
+from vtc.eval.results.file import Result, Time
 from vtc.registry import methods
 from vtc.spec import format_spec, parse
 from vtc.tokens import Budget
@@ -148,7 +149,7 @@ def _list_presets() -> None:
         console.print(f"  {preset.title}; {preset.model}; numbers from: {preset.source}", highlight=False, markup=False)
 
 
-def _show_preset(preset: presets.Preset, result: dict[str, Any]) -> None:
+def _show_preset(preset: presets.Preset, result: Result) -> None:
     console = Console()
     table = Table("", "", *preset.columns, title=f"{preset.title} (arXiv {preset.arxiv})")
     last = None
@@ -156,7 +157,7 @@ def _show_preset(preset: presets.Preset, result: dict[str, Any]) -> None:
         table.add_row("" if label == last else label, what, *(numbers.get(name, "") for name in preset.columns))
         last = label
     console.print(table)
-    limit = result["run"]["suite"]["limit"]
+    limit = (result["run"]["suite"] or {}).get("limit")
     notes = {
         "published numbers": preset.source,
         "budget": preset.convention,
@@ -170,10 +171,10 @@ def _show_preset(preset: presets.Preset, result: dict[str, Any]) -> None:
     _show(result)
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: Result) -> None:
     console = Console()
     # the others need a wide terminal; the result file has them in any case
-    times = ("ttft_ms", "tpot_ms", "selection_ms") if console.width >= 120 else ("ttft_ms",)
+    times: tuple[Time, ...] = ("ttft_ms", "tpot_ms", "selection_ms") if console.width >= 120 else ("ttft_ms",)
     headings = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "selection_ms": "selection ms"}
     table = Table("method", "tokens", "task", "score", "as dense", *(headings[time] for time in times))
     for column in table.columns:

@@ -23,8 +23,8 @@ from vtc.eval.lmms import timings
 from vtc.eval.lmms.models import BASES, EMBEDDED, PREFIX, base_of, wrapped
 from vtc.eval.lmms.watch import RunFailed
 from vtc.eval.results.environment import environment
-from vtc.eval.results.file import DENSE, SCHEMA, Cell, Result, complete, read, run_of, write
-from vtc.eval.results.intervals import wilson
+from vtc.eval.results.file import DENSE, SCHEMA, Cell, Result, Run, Task, fill_in, read, run_of, write
+from vtc.eval.results.intervals import Share, wilson
 from vtc.extras import require
 from vtc.spec import format_spec, parse
 
@@ -55,7 +55,7 @@ class Settings:
     simple: bool = False
     model_args: dict[str, Any] = field(default_factory=dict)
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Run:
         """The `run` block of the result file; results with equal `suite` blocks asked the same questions."""
         return {
             "model": self.model or EMBEDDED,
@@ -82,7 +82,7 @@ def sweep(
     path: Path | None = None,
     keep_going: bool = False,
     progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+) -> Result:
     """Run the dense model and every spec on every task.
 
     Under `accelerate launch` all processes call this with the same arguments; the questions are shared out, and the
@@ -211,7 +211,7 @@ def _load(settings: Settings, device: str | None) -> Any:
     return lm
 
 
-def _one(lm: Any, task: str, manager: Any, settings: Settings, files: Path) -> dict[str, Any] | None:
+def _one(lm: Any, task: str, manager: Any, settings: Settings, files: Path) -> Task | None:
     """Scores, single answers and measurements of one task; None in other processes than the first.
 
     Raises:
@@ -281,7 +281,7 @@ def _text(answer: Any) -> str:
     return answer if isinstance(answer, str) else json.dumps(answer)
 
 
-def _named(spec: str) -> dict[str, Any]:
+def _named(spec: str) -> Cell:
     """The spec without its budget, and the budget, where it has one and only one."""
     found = parse(spec)
     if len(found) > 1 or found[0].budget is None:
@@ -291,8 +291,9 @@ def _named(spec: str) -> dict[str, Any]:
 
 def _summarise(cell: Cell, tasks: Sequence[str]) -> None:
     """The fields that `vtc bench` results have: accuracy, correct, answers, tokens and costs; and medians of times."""
-    for name in ("accuracy", "correct", "against"):
-        cell.pop(name, None)
+    cell.pop("accuracy", None)
+    cell.pop("correct", None)
+    cell.pop("against", None)
     parts = [cell["tasks"][task] for task in tasks if task in cell["tasks"]]
     samples = [(name, rows) for part in parts for name, rows in part["samples"].items()]
     scored = {name: rows["scores"] for name, rows in samples if rows["scores"] and max(rows["scores"]) <= 1}
@@ -303,14 +304,16 @@ def _summarise(cell: Cell, tasks: Sequence[str]) -> None:
             cell["correct"] = "".join("01"[int(value)] for value in values)
     cell["answers"] = [text for _, rows in samples for text in rows["answers"]]
     requests = [part["requests"] for part in parts]
-    cell |= timings.counts(requests) | timings.times(requests)
+    cell |= timings.counts(requests)
+    for name, milliseconds in timings.times(requests).items():
+        cell[name] = milliseconds
     cell["seconds"] = round(sum(part["seconds"] for part in parts), 2)
 
 
-def _share(scores: Sequence[float]) -> dict[str, Any]:
+def _share(scores: Sequence[float]) -> Share:
     # scores between 0 and 1 vary less than right and wrong with the same mean, so the interval is on the safe side
     right, number = sum(scores), len(scores)
-    low, high = wilson(right, number)  # type: ignore[arg-type]
+    low, high = wilson(right, number)
     right = int(right) if right == int(right) else round(right, 4)
     return {
         "accuracy": round(right / number, 4),
@@ -320,7 +323,7 @@ def _share(scores: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _short(record: dict[str, Any]) -> str:
+def _short(record: Task) -> str:
     name, scores = next(iter(record["scores"].items()), ("", {}))
     return ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items()) or name
 
@@ -328,7 +331,7 @@ def _short(record: dict[str, Any]) -> str:
 def _save(result: Result, path: Path | None, tasks: Sequence[str]) -> None:
     # cells are compared question by question, so only those that ran all tasks can be
     done = {name: cell for name, cell in result["cells"].items() if set(tasks) <= set(cell.get("tasks", ()))}
-    complete({"cells": done})
+    fill_in(done)
     if path is not None and _rank() == 0:
         write(result, path)
 

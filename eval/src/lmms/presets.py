@@ -24,7 +24,7 @@ from typing import Any
 
 from vtc.errors import SpecError, unknown_name
 from vtc.eval.lmms.evaluate import Settings
-from vtc.eval.results.file import DENSE
+from vtc.eval.results.file import DENSE, Cell, Result
 from vtc.registry import methods
 from vtc.spec import format_spec, parse
 
@@ -139,12 +139,14 @@ def read(path: Path) -> Preset:
     return preset
 
 
-def measured(preset: Preset, result: dict[str, Any], spec: str | None) -> dict[str, float]:
+def measured(preset: Preset, result: Result, spec: str | None) -> dict[str, float]:
     """Column -> measured number in the units of the table, where the result file has it; None is the dense model."""
-    cell = result["cells"].get(DENSE if spec is None else format_spec(parse(spec)), {})
-    found = {}
+    cell = result["cells"].get(DENSE if spec is None else format_spec(parse(spec)), Cell())
+    tasks, found = cell.get("tasks", {}), {}
     for name, column in preset.columns.items():
-        scores = cell.get("tasks", {}).get(column.task, {}).get("scores", {})
+        if column.task not in tasks:
+            continue
+        scores = tasks[column.task]["scores"]
         # a group without a score of its own is the plain mean over its subtasks
         parts = [scores[column.task]] if column.task in scores else list(scores.values())
         values = [[part[metric] for part in parts if metric in part] for metric in column.metrics]
@@ -153,7 +155,7 @@ def measured(preset: Preset, result: dict[str, Any], spec: str | None) -> dict[s
     return found
 
 
-def comparison(preset: Preset, result: dict[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
+def comparison(preset: Preset, result: Result) -> list[tuple[str, str, dict[str, str]]]:
     """Rows of (label, "published" | "measured" | "difference", column -> text), two decimals."""
     lines = []
     wanted: Sequence[tuple[str, str | None, dict[str, float]]] = [

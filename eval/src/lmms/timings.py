@@ -4,10 +4,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from vtc.eval.results.timing import summary
+from vtc.eval.results.file import Cell, Time
+from vtc.eval.results.timing import Quantiles, summary
 
 #: milliseconds of single requests, reported with their quantiles
-TIMES = ("ttft_ms", "tpot_ms", "selection_ms")
+TIMES: tuple[Time, ...] = ("ttft_ms", "tpot_ms", "selection_ms")
 #: counts of single requests, reported as means
 TOKENS = ("before", "entering_llm", "after_last_cut", "layer_average")
 COSTS = ("flops", "flops_dense", "kv_bytes", "kv_bytes_dense")
@@ -23,18 +24,18 @@ def columns(records: Sequence[dict[str, Any]]) -> Columns:
     return {name: [_rounded(record.get(name)) for record in records] for name in names}
 
 
-def times(parts: Sequence[Columns]) -> dict[str, dict[str, float]]:
+def times(parts: Sequence[Columns]) -> dict[Time, Quantiles]:
     """Median and 20 % and 80 % quantiles of each time over all parts, without the first requests of each."""
-    found = {}
+    found: dict[Time, Quantiles] = {}
     for name in TIMES:
         values = [v for part in parts for v in _measured(part, name, WARMUP)]
         values = values or [v for part in parts for v in _measured(part, name, 0)]
         if values:
-            found[name] = {key: round(value, 3) for key, value in vars(summary(values)).items()}
+            found[name] = summary(values).to_dict()
     return found
 
 
-def counts(parts: Sequence[Columns]) -> dict[str, Any]:
+def counts(parts: Sequence[Columns]) -> Cell:
     """Tokens in the three conventions, prefill FLOPs and KV bytes, as means over the requests of all parts."""
     mean = {
         name: statistics.fmean(values)
@@ -43,13 +44,25 @@ def counts(parts: Sequence[Columns]) -> dict[str, Any]:
     }
     if not mean:
         return {}
-    return {"tokens": {name: round(mean[name], 2) for name in TOKENS}} | {name: round(mean[name]) for name in COSTS}
+    return {
+        "tokens": {
+            "before": round(mean["before"], 2),
+            "entering_llm": round(mean["entering_llm"], 2),
+            "after_last_cut": round(mean["after_last_cut"], 2),
+            "layer_average": round(mean["layer_average"], 2),
+        },
+        "flops": round(mean["flops"]),
+        "flops_dense": round(mean["flops_dense"]),
+        "kv_bytes": round(mean["kv_bytes"]),
+        "kv_bytes_dense": round(mean["kv_bytes_dense"]),
+    }
 
 
 def flat(part: Columns) -> dict[str, float]:
     """One number per field, for lmms-eval's throughput table: medians of times, means of counts."""
-    found = counts([part])
-    return {name: time["median"] for name, time in times([part]).items()} | found.pop("tokens", {}) | found
+    found: dict[str, Any] = {**counts([part])}
+    medians = {name: time["median"] for name, time in times([part]).items()}
+    return {**medians, **found.pop("tokens", {}), **found}
 
 
 def _measured(part: Columns, name: str, skip: int) -> list[float | int]:

@@ -52,12 +52,13 @@ def _accuracies(a: Cell, b: Cell, same_questions: bool) -> dict[str, Any]:
     if same_questions and "correct" in a and "correct" in b:
         found = paired([int(bit) for bit in a["correct"]], [int(bit) for bit in b["correct"]])
     else:
-        found = unpaired(*((whole["right"], whole["questions"]) for whole in (whole_a, whole_b)))
+        found = unpaired((whole_a["right"], whole_a["questions"]), (whole_b["right"], whole_b["questions"]))
     row = {"first": whole_a["accuracy"], "second": whole_b["accuracy"], **found.to_dict()}
     by_category = {}
     for category in a["accuracy"].keys() & b["accuracy"].keys() - {"overall"}:
-        counts = ((cell["accuracy"][category]["right"], cell["accuracy"][category]["questions"]) for cell in (a, b))
-        by_category[category] = unpaired(*counts).to_dict()
+        one, other = a["accuracy"][category], b["accuracy"][category]
+        difference = unpaired((one["right"], one["questions"]), (other["right"], other["questions"]))
+        by_category[category] = difference.to_dict()
     return {"accuracy": row, "categories": dict(sorted(by_category.items()))}
 
 
@@ -66,14 +67,14 @@ def _times(a: Cell, b: Cell) -> dict[str, Any]:
     if not batches:
         return {}
     found: dict[str, Any] = {"batch": min(batches)}
-    entries = [latency_of(cell, min(batches)) for cell in (a, b)]
+    first, second = (latency_of(cell, min(batches)) for cell in (a, b))
+    assert first is not None
+    assert second is not None
     for name in TIMES:
-        samples = [entry["samples"].get(name) for entry in entries if entry is not None]
-        if all(samples):
-            difference, low, high = median_difference(*samples)
-            medians = [entry["phases"][name]["median"] for entry in entries if entry is not None]
+        if first["samples"].get(name) and second["samples"].get(name):
+            difference, low, high = median_difference(first["samples"][name], second["samples"][name])
             found[name] = {
-                "first": medians[0], "second": medians[1],
+                "first": first["phases"][name]["median"], "second": second["phases"][name]["median"],
                 "difference": round(difference, 3), "low": round(low, 3), "high": round(high, 3),
             }  # fmt: skip
     return found

@@ -6,12 +6,27 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 
-def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+class Environment(TypedDict):
+    """What a stored number was measured with; `commit` ends in "+changes" where files differed from it."""
+
+    date: str
+    commit: str | None
+    processor: str
+    cores: int | None
+    python: str
+    platform: str
+    machine: str
+    threads: int
+    device: str
+    packages: dict[str, str | None]
+
+
+def environment(device: torch.device | str = "cpu") -> Environment:
     """Versions, processor, accelerator, commit and date of this run."""
     device = torch.device(device)
     return {

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vtc.eval.results.file import (
     DENSE,
@@ -13,9 +12,12 @@ from vtc.eval.results.file import (
     latency_of,
     method_of,
     read,
+    reason_of,
     run_of,
     state_of,
 )
+from vtc.eval.results.intervals import Share
+from vtc.eval.results.stats import Difference
 
 #: milliseconds and ratios of a cell's timing that the page shows: title, where it is, format
 PHASE_COLUMNS = (
@@ -151,7 +153,7 @@ def _category_table(result: Result) -> list[str]:
     return parts
 
 
-def _percent(cell: dict[str, Any]) -> str:
+def _percent(cell: Share) -> str:
     low, high = (round(100 * bound) for bound in cell["wilson95"])
     return f"{100 * cell['accuracy']:.0f} ({low}-{high})"
 
@@ -176,7 +178,7 @@ def _tests_table(result: Result) -> list[str]:
     return [*rows, "\n".join(table)]
 
 
-def _test(found: dict[str, Any] | None) -> str:
+def _test(found: Difference | None) -> str:
     if found is None:
         return ""
     low, high = 100 * found["low"], 100 * found["high"]
@@ -227,7 +229,7 @@ def _latency_table(result: Result, batch: int) -> list[str]:
 
 def _refused_table(result: Result) -> list[str]:
     reasons = {
-        method_of(name, cell): str(cell[state_of(cell)]).replace("|", "\\|").replace("\n", " ")
+        method_of(name, cell): reason_of(cell).replace("|", "\\|").replace("\n", " ")
         for name, cell in result["cells"].items()
         if state_of(cell) != "done"
     }

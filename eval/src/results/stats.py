@@ -12,14 +12,32 @@ Without the answers of single questions the interval of the difference is Newcom
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
 from vtc.eval.results.intervals import wilson
 
 RESAMPLES = 10_000
+
+
+class Difference(TypedDict):
+    """`Paired` in a file."""
+
+    difference: float
+    low: float
+    high: float
+    lost: int | None
+    won: int | None
+    p: float | None
+
+
+class Agreement(TypedDict):
+    """A share of equal answers, with its Wilson interval."""
+
+    share: float
+    wilson95: list[float]
 
 
 @dataclass(frozen=True)
@@ -40,9 +58,16 @@ class Paired:
     won: int | None = None
     p: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Difference:
         """Plain data for JSON, rounded."""
-        return {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return {
+            "difference": round(self.difference, 6),
+            "low": round(self.low, 6),
+            "high": round(self.high, 6),
+            "lost": self.lost,
+            "won": self.won,
+            "p": None if self.p is None else round(self.p, 6),
+        }
 
 
 def paired(first: Sequence[int], second: Sequence[int], seed: int = 0) -> Paired:
@@ -74,7 +99,7 @@ def mcnemar(lost: int, won: int) -> float:
     return min(1.0, 2 * tail / 2**trials)
 
 
-def unpaired(first: tuple[int, int], second: tuple[int, int]) -> Paired:
+def unpaired(first: tuple[int | float, int], second: tuple[int | float, int]) -> Paired:
     """Compare two (right, questions) counts of which single answers are not known."""
     a, b = first[0] / first[1], second[0] / second[1]
     (low_a, high_a), (low_b, high_b) = wilson(*first), wilson(*second)
@@ -97,7 +122,7 @@ def median_difference(first: Sequence[float], second: Sequence[float], seed: int
     return float(np.median(second) - np.median(first)), float(low), float(high)
 
 
-def loyalty(answers: Sequence[str], dense: Sequence[str]) -> dict[str, Any]:
+def loyalty(answers: Sequence[str], dense: Sequence[str]) -> Agreement:
     """Share of answers that are those of the uncompressed model, right or wrong, with its Wilson interval."""
     same = sum(a == b for a, b in zip(answers, dense, strict=True))
     low, high = wilson(same, len(dense))

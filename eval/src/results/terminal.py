@@ -7,7 +7,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vtc.eval.results.file import REFERENCE, Cell, Result, budget_of, latency_of, method_of, run_of, state_of
+from vtc.eval.results.file import (
+    REFERENCE,
+    Cell,
+    Latency,
+    Result,
+    budget_of,
+    latency_of,
+    method_of,
+    reason_of,
+    run_of,
+    state_of,
+)
 
 #: columns of a table that has place for all of them
 EVERYTHING = 260
@@ -49,7 +60,7 @@ _LESS_IMPORTANT = (
 def summary(cell: Cell) -> str:
     """A finished cell in a few words."""
     if state_of(cell) != "done":
-        return f"{state_of(cell)}: {cell[state_of(cell)]}"
+        return f"{state_of(cell)}: {reason_of(cell)}"
     parts = []
     if "accuracy" in cell:
         parts.append(f"{cell['accuracy']['overall']['accuracy']:.1%} right")
@@ -67,7 +78,8 @@ def show(result: Result, console: Console) -> None:
     """One row per cell, one section per budget; a second table for methods that did not run."""
     run, cells = run_of(result), result["cells"]
     done = {name: cell for name, cell in cells.items() if state_of(cell) == "done"}
-    for batch in run.get("batches") or [None]:
+    batches: list[int | None] = [*run.get("batches", [])]
+    for batch in batches or [None]:
         title = f"{run['model']}" + (f", batch {batch}" if batch is not None else "")
         console.print(_cells_table(result, done, batch, title, console.width))
     if any("against" in cell for cell in done.values()):
@@ -124,7 +136,7 @@ def _order(name: str, cell: Cell) -> tuple[float, int, float]:
     """Dense first, then by budget; in each the floor, the controls, then methods, best first."""
     budget = budget_of(name, cell)
     rank = {"dense": 0, "ideal": 1, "control": 2}.get(cell.get("kind", "method"), 3)
-    right = cell.get("accuracy", {}).get("overall", {}).get("accuracy", 0.0)
+    right = cell["accuracy"]["overall"]["accuracy"] if "accuracy" in cell else 0.0
     return (-float("inf") if not budget else -float(budget)), rank, -right
 
 
@@ -145,7 +157,7 @@ def _accuracy_columns(cell: Cell) -> dict[str, str]:
     return found
 
 
-def _latency_columns(entry: dict[str, Any]) -> dict[str, str]:
+def _latency_columns(entry: Latency) -> dict[str, str]:
     times = entry["phases"]
     found = {name.removesuffix("_ms"): f"{times[name]['median']:.2f}" for name in _PHASES if name in times}
     first = times["ttft_ms"]
@@ -157,8 +169,9 @@ def _latency_columns(entry: dict[str, Any]) -> dict[str, str]:
     found["encoder share"] = f"{entry['encoder_share']:.0%}"
     found["KV MiB"] = f"{entry['kv_bytes'] / 2**20:.2f}"
     found["GFLOPs"] = f"{sum(entry['flops'].values()) / 1e9:.3g}"
-    if entry.get("peak_bytes") is not None:
-        found["peak MiB"] = f"{entry['peak_bytes'] / 2**20:.1f}"
+    peak = entry.get("peak_bytes")
+    if peak is not None:
+        found["peak MiB"] = f"{peak / 2**20:.1f}"
     return found
 
 
@@ -170,7 +183,7 @@ def _alone(selected: dict[str, Any], method: str, size: str) -> str:
 def _idle(cells: dict[str, Cell]) -> dict[str, str]:
     """Method -> why it did not run, one line for all budgets."""
     return {
-        method_of(name, cell): f"{state_of(cell)}: {cell[state_of(cell)]}"
+        method_of(name, cell): f"{state_of(cell)}: {reason_of(cell)}"
         for name, cell in cells.items()
         if state_of(cell) != "done"
     }

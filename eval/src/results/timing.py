@@ -4,8 +4,18 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
+
+
+class Quantiles(TypedDict):
+    """`Timing` in a file."""
+
+    median: float
+    p20: float
+    p80: float
+    runs: int
 
 
 @dataclass(frozen=True)
@@ -16,6 +26,13 @@ class Timing:
     p20: float
     p80: float
     runs: int
+
+    def to_dict(self, digits: int | None = 3) -> Quantiles:
+        """Plain data for JSON; `digits` None: as measured."""
+        median, p20, p80 = (
+            value if digits is None else round(value, digits) for value in (self.median, self.p20, self.p80)
+        )
+        return {"median": median, "p20": p20, "p80": p80, "runs": self.runs}
 
 
 def compare(
