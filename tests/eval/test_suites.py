@@ -1,12 +1,16 @@
 """Own questions, and what counts as a right answer."""
 
+import dataclasses
 import json
 
 import pytest
 from PIL import Image
 
 import vtc
+from vtc.errors import UnsupportedFeatureError
+from vtc.eval.bench.accuracy import Prepared
 from vtc.eval.data import suites
+from vtc.eval.loading import Loaded
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,11 @@ def test_missing_and_empty_files(tmp_path):
         suites.from_file(write(tmp_path, ""))
     with pytest.raises(vtc.VTCError, match="no image at"):
         suites.from_file(write(tmp_path, {"image": "b.png", "question": "q", "answer": "x"}))
+
+
+def test_questions_are_about_images_so_far(tmp_path):
+    suite = suites.from_file(write(tmp_path, {"image": "a.png", "question": "q", "answer": "x"}))
+    assert [item.media for item in suite.items] == ["image"]
+    clip = dataclasses.replace(suite.items[0], media="video")
+    with pytest.raises(UnsupportedFeatureError, match="'q' is about a video"):
+        Prepared(Loaded("m", None, None), dataclasses.replace(suite, items=(clip,)), 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vtc.engine import Handle
+from vtc.errors import UnsupportedFeatureError
 from vtc.eval.data.suites import Suite, is_right
 from vtc.eval.loading import Loaded
 from vtc.eval.results.file import Cell
@@ -30,9 +31,19 @@ class Answers:
 
 
 class Prepared:
-    """A suite as `batches` of model inputs: read, resized and tokenised once for all cells."""
+    """A suite as `batches` of model inputs: read, resized and tokenised once for all cells.
+
+    Raises:
+        UnsupportedFeatureError: a question is not about an image.
+    """
 
     def __init__(self, loaded: Loaded, suite: Suite, batch_size: int) -> None:
+        other = next((item for item in suite.items if item.media != "image"), None)
+        if other is not None:
+            raise UnsupportedFeatureError(
+                f"{other.question!r} is about a {other.media}, and only questions about images can be asked yet. "
+                "Leave it out of the suite."
+            )
         self.loaded, self.suite = loaded, suite
         self.batches = list(self._prepare(batch_size))
 

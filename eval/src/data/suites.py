@@ -9,7 +9,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -21,14 +21,21 @@ from vtc.eval.scenes.draw import scene_suite
 ONE_WORD = "Answer the question using a single word or phrase."
 
 
+Media = Literal["image", "video"]
+
+
 @dataclass(frozen=True)
 class Item:
-    """One question about one image; several answers count as right."""
+    """One question about one image; several answers count as right.
+
+    `media` says what the question is about. No suite holds videos yet, and `Prepared` refuses them.
+    """
 
     image: Image.Image
     question: str
     answers: tuple[str, ...]
     category: str
+    media: Media = "image"
 
 
 @dataclass(frozen=True)
