@@ -116,7 +116,9 @@ def test_the_wheel_holds_every_module_and_the_embedded_model(tmp_path):
         if not any(parent.is_symlink() for parent in path.parents if parent != ROOT):
             expected.add(str(path.relative_to(ROOT)))
     for name in LINKED:
-        expected |= {f"vtc/{name}/{p.relative_to(ROOT / name / 'src')}" for p in (ROOT / name / "src").rglob("*.py")}
+        source = ROOT / name / "src"
+        files = (path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        expected |= {f"vtc/{name}/{path.relative_to(source)}" for path in files}
     model = ROOT / "model_cards" / "scenes-llava"
     expected |= {f"vtc/model_cards/scenes-llava/{p.name}" for p in model.iterdir() if p.is_file()}
     assert expected - names == set()
