@@ -4,7 +4,7 @@ The Pareto front joins the cells that no other one beats in both directions. Onl
 controls are named in the pictures; in the HTML page every point says what it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +43,10 @@ class Point:
     def label(self) -> str:
         """Method and budget."""
         return f"{self.method} {self.budget}".strip()
+
+
+#: where a name stands, the name, its colour
+Label = tuple[Point, str, str]
 
 
 def draw(result: Result, out: Path) -> list[Path]:
@@ -106,6 +110,20 @@ def picture(result: Result, axis: str, found: Sequence[Point], path: Path) -> No
     axes = figure.add_subplot()
     budgets = list(dict.fromkeys(point.budget for point in found if point.kind != DENSE))
     markers = {budget: MARKERS[i % len(MARKERS)] for i, budget in enumerate(budgets)}
+    labels = [*_methods(axes, found, markers), *_controls(axes, found), *_dense(axes, found, axis)]
+    _ideals(result, axis, axes)
+    _scales(axes, axis)
+    axes.set_title(
+        f"{title(result)}: Pareto front of {len({p.method for p in found if p.kind != DENSE})} methods",
+        loc="left", fontsize=11, pad=24,
+    )  # fmt: skip
+    _legend(axes, markers)
+    _place_labels(figure, axes, labels, found)
+    figure.savefig(path)
+
+
+def _methods(axes: Any, found: Sequence[Point], markers: Mapping[str, str]) -> list[Label]:
+    """Every compressed cell, and the front through the best of them; the labels of the best."""
     best = front(found)
     for point in found:
         if point.kind != DENSE:
@@ -123,19 +141,32 @@ def picture(result: Result, axis: str, found: Sequence[Point], path: Path) -> No
     axes.plot([p.x for p in best], [p.y for p in best], color=FRONT, linewidth=1.4, zorder=3)
     for point in best:
         axes.plot([point.x] * 2, [point.low, point.high], color=FRONT, linewidth=0.8, alpha=0.35, zorder=1)
-    labels = [(point, point.label, FRONT) for point in best]
+    return [(point, point.label, FRONT) for point in best]
+
+
+def _controls(axes: Any, found: Sequence[Point]) -> list[Label]:
+    """A line through the cells of each control, named at its last cell that is not on the front."""
+    best, labels = front(found), []
     for method in dict.fromkeys(p.method for p in found if p.kind == "control"):
         line = [p for p in found if p.method == method]
         style = "--" if method == RANDOM else ":"
         axes.plot([p.x for p in line], [p.y for p in line], style, linewidth=1.2, color=_colour(line[0]), zorder=2)
         named = [p for p in line if p not in best]
         labels += [(named[-1], method, _colour(line[0]))] if named else []
+    return labels
+
+
+def _dense(axes: Any, found: Sequence[Point], axis: str) -> list[Label]:
+    labels = []
     for point in found:
         if point.kind == DENSE:
             axes.axhline(point.y, color=DARK, linewidth=0.8, linestyle=(0, (6, 4)), zorder=0)
             axes.scatter(point.x, point.y, marker="*", s=190, color=DARK, zorder=5)
             labels.append((point, f"dense, {point.x:.0f}" + (" tokens" if axis == "tokens" else " ms"), DARK))
-    _ideals(result, axis, axes)
+    return labels
+
+
+def _scales(axes: Any, axis: str) -> None:
     axes.margins(x=0.08, y=0.09)
     axes.set_xlabel(AXES[axis])
     axes.set_ylabel("right answers, %")
@@ -146,19 +177,16 @@ def picture(result: Result, axis: str, found: Sequence[Point], path: Path) -> No
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.set_title(
-        f"{title(result)}: Pareto front of {len({p.method for p in found if p.kind != DENSE})} methods",
-        loc="left", fontsize=11, pad=24,
-    )  # fmt: skip
-    for budget in budgets:
-        axes.scatter([], [], marker=markers[budget], color=GREY, label=f"budget {budget}" if budget else "own budget")
+
+
+def _legend(axes: Any, markers: Mapping[str, str]) -> None:
+    for budget, marker in markers.items():
+        axes.scatter([], [], marker=marker, color=GREY, label=f"budget {budget}" if budget else "own budget")
     axes.plot([], [], color=FRONT, marker="o", linewidth=1.4, label="Pareto front, 95 % intervals")
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(budgets) + 1, frameon=False, fontsize=8.5,
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(markers) + 1, frameon=False, fontsize=8.5,
         handletextpad=0.2, columnspacing=1.2, borderaxespad=0.2,
     )  # fmt: skip
-    _place_labels(figure, axes, labels, found)
-    figure.savefig(path)
 
 
 def _colour(point: Point) -> str:
@@ -183,7 +211,7 @@ def _ideals(result: Result, axis: str, axes: Any) -> None:
             )  # fmt: skip
 
 
-def _place_labels(figure: Any, axes: Any, labels: Sequence[tuple[Point, str, str]], found: Sequence[Point]) -> None:
+def _place_labels(figure: Any, axes: Any, labels: Sequence[Label], found: Sequence[Point]) -> None:
     """Put each label at the first offset at which it covers neither a point nor another label."""
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
