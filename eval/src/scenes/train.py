@@ -429,15 +429,8 @@ def train(preset: Preset, seed: int, out: Path, deadline: float = math.inf) -> d
     heads = Heads(preset.tower_width)
     packer = Packer(processor, preset.questions_per_image)
     optimizers = _optimizers(model, heads)
-    state = {"step": 0, "seconds": 0.0, "log": [], "pictures": 0}
     checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        heads.load_state_dict(saved["heads"])
-        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-        state = saved["state"]
+    state = _resume(checkpoint, model, heads, optimizers)
     total = sum(stage.steps for stage in preset.stages)
     started = time.time() - state["seconds"]
     recent: dict[str, list[float]] = {}
@@ -453,14 +446,7 @@ def train(preset: Preset, seed: int, out: Path, deadline: float = math.inf) -> d
         if stage.name == "window" and step_in_stage == 0:
             _pass_places_on(model, packer, stage)
         _set_rates(optimizers, preset, stage, step_in_stage)
-        with torch.autocast("cpu", torch.bfloat16):
-            features, last_cls = tower_features(model, batch["pixels"], batch["cells"])
-            losses = heads(features[:, 1:], features[:, 0], last_cls, batch["target"])
-            loss = losses["total"]
-            if stage.name != "tower":
-                logits = answer_logits(model, packer, batch, features)
-                losses |= _answer_losses(logits, batch["labels"], packer)
-                loss = 0.3 * loss + losses["answer"] + 0.5 * losses["description"]
+        loss, losses = _losses(model, heads, packer, batch, stage)
         loss.backward()
         stop = _average_gradients(parameters, num_ranks, time.time() >= deadline)
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -677,6 +663,20 @@ def _average_gradients(parameters: list[nn.Parameter], num_ranks: int, stop: boo
     return flat[-1].item() > 0
 
 
+def _losses(
+    model: LlavaForConditionalGeneration, heads: Heads, packer: Packer, batch: dict, stage: Stage
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is minimised in a stage, and its parts."""
+    with torch.autocast("cpu", torch.bfloat16):
+        features, last_cls = tower_features(model, batch["pixels"], batch["cells"])
+        losses = heads(features[:, 1:], features[:, 0], last_cls, batch["target"])
+        if stage.name == "tower":
+            return losses["total"], losses
+        logits = answer_logits(model, packer, batch, features)
+        losses |= _answer_losses(logits, batch["labels"], packer)
+        return 0.3 * losses["total"] + losses["answer"] + 0.5 * losses["description"], losses
+
+
 def _answer_losses(logits: Tensor, labels: Tensor, packer: Packer) -> dict[str, Tensor]:
     is_question = torch.arange(packer.num_text) < packer.segment * packer.num_questions
     is_question = is_question.expand_as(labels)[labels != -100]
@@ -784,6 +784,18 @@ def _quick_accuracy(model: LlavaForConditionalGeneration, packer: Packer, stage:
             counts[category][0] += is_right
             counts[category][1] += 1
     return {category: round(right / max(1, number), 3) for category, (right, number) in counts.items()}
+
+
+def _resume(path: Path, model: nn.Module, heads: nn.Module, optimizers: list) -> dict:
+    """The state of the checkpoint, whose weights are loaded; where there is none, that of a new run."""
+    if not path.exists():
+        return {"step": 0, "seconds": 0.0, "log": [], "pictures": 0}
+    saved = torch.load(path, weights_only=True)
+    model.load_state_dict(saved["model"])
+    heads.load_state_dict(saved["heads"])
+    for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(values)
+    return saved["state"]
 
 
 def _save(path: Path, model: nn.Module, heads: nn.Module, optimizers: list, state: dict) -> None:
