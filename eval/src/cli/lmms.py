@@ -2,6 +2,8 @@
 
 import os
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from rich.table import Table
 from vtc.cli import Json, app, print_json
 from vtc.errors import EvaluationError, SpecError
 from vtc.eval.cli._options import Device, Model, Positions, split
+from vtc.eval.cli._progress import errors
 from vtc.eval.lmms import presets
 from vtc.eval.lmms.evaluate import TASKS, Settings, sweep
 from vtc.eval.results.file import Result, Time
@@ -67,22 +70,14 @@ def eval_command(
         _list_presets()
         return
     table = None if preset is None else presets.load(preset)
-    if table is None:
-        specs = _specs(method, budget)
-        settings = Settings(
-            tuple(name.strip() for name in tasks.split(",")),
-            model,
-            lmms_model,
-            positions,
-            limit,
-            batch_size,
-            simple,
-            _arguments(model_args),
-        )
-    else:
+    if table is not None:
         specs, settings = list(table.specs), table.settings(limit, model)
-    errors = Console(stderr=True)
-    try:
+    else:
+        specs = _specs(method, budget)
+        wanted = tuple(name.strip() for name in tasks.split(","))
+        arguments = _arguments(model_args)
+        settings = Settings(wanted, model, lmms_model, positions, limit, batch_size, simple, arguments)
+    with _traceback():
         result = sweep(
             settings,
             specs,
@@ -90,12 +85,8 @@ def eval_command(
             include=include_path or (),
             path=out,
             keep_going=keep_going,
-            progress=lambda line: errors.print(line, highlight=False, markup=False),
+            progress=lambda line: errors().print(line, highlight=False, markup=False),
         )
-    except EvaluationError as error:
-        if error.__cause__ is not None:
-            traceback.print_exception(error.__cause__)
-        raise
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
@@ -107,6 +98,17 @@ def eval_command(
     failed = {name: cell["failed"] for name, cell in result["cells"].items() if "failed" in cell}
     if failed:
         raise EvaluationError("; ".join(f"{name} failed on {reason}" for name, reason in failed.items()))
+
+
+@contextmanager
+def _traceback() -> Iterator[None]:
+    """Print what a failed run was raised from."""
+    try:
+        yield
+    except EvaluationError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        raise
 
 
 def _specs(methods_text: str, budgets: str) -> list[str]:

@@ -115,45 +115,86 @@ def sweep(
             )
         manager = _tasks(settings, include)
         lm = _load(settings, device)
-        result: Result = {"schema": SCHEMA, "run": settings.about(), "environment": environment(lm.device), "cells": {}}
-        if path is not None and path.exists() and _rank() == 0:
-            stored = read(path)
-            if run_of(stored) != result["run"]:
-                raise InputError(f"{str(path)!r} is about other settings. Name another file with --out, or delete it.")
-            result["cells"] = stored["cells"]
-        done = _from_first({name: [*cell.get("tasks", {})] for name, cell in result["cells"].items()})
-        cells: list[tuple[str, str | None]] = [(DENSE, None), *((format_spec(parse(text)), text) for text in specs)]
-        for name, spec in cells:
-            cell = result["cells"].setdefault(name, {})
-            try:
-                lm.watch.patch(spec, **({"positions": settings.positions} if spec else {}))
-            except VTCError as error:
-                result["cells"][name] = {"refused": str(error)}
-                _save(result, path, settings.tasks)
-                progress(f"{name}: refused, {error}")
-                continue
-            if spec is not None:
-                cell |= _named(spec) | {"spec": lm.watch.handle.spec, "positions": lm.watch.handle.positions}
-            cell.pop("failed", None)
-            for task in settings.tasks:
-                if task in done.get(name, ()):
-                    continue
-                try:
-                    record = _one(lm, task, manager, settings, _files(path, name))
-                except RunFailed as error:
-                    cell["failed"] = f"{task}: {error}"
-                    _save(result, path, settings.tasks)
-                    progress(f"{name}: {task} failed, {error}")
-                    if keep_going:
-                        break
-                    raise EvaluationError(f"{name} on {task}: {error}") from error.__cause__
-                if record is None:
-                    continue
-                cell.setdefault("tasks", {})[task] = record
-                _summarise(cell, settings.tasks)
-                _save(result, path, settings.tasks)
-                progress(f"{name}: {task} {_short(record)} ({record['seconds']:.0f} s)")
+        run = _Sweep(settings, lm, manager, path, keep_going, progress, _opened(settings, lm.device, path))
+        cells = run.result["cells"]
+        done = _from_first({name: [*cell.get("tasks", {})] for name, cell in cells.items()})
+        wanted: list[tuple[str, str | None]] = [(DENSE, None), *((format_spec(parse(text)), text) for text in specs)]
+        for name, spec in wanted:
+            run.fill(name, spec, done.get(name, ()))
         lm.watch.close()
+    return run.result
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What every cell of a sweep needs; `result` is filled."""
+
+    settings: Settings
+    lm: Any
+    manager: Any
+    path: Path | None
+    keep_going: bool
+    progress: Callable[[str], None]
+    result: Result
+
+    def fill(self, name: str, spec: str | None, done: Sequence[str]) -> None:
+        """Run the tasks of one cell that are not done yet."""
+        watch, cell = self.lm.watch, self.result["cells"].setdefault(name, Cell())
+        try:
+            watch.patch(spec, **({"positions": self.settings.positions} if spec else {}))
+        except VTCError as error:
+            self.result["cells"][name] = {"refused": str(error)}
+            self._save(f"{name}: refused, {error}")
+            return
+        if spec is not None:
+            cell |= _named(spec) | {"spec": watch.handle.spec, "positions": watch.handle.positions}
+        cell.pop("failed", None)
+        for task in self.settings.tasks:
+            if task not in done and not self._answer(name, cell, task):
+                break
+
+    def _answer(self, name: str, cell: Cell, task: str) -> bool:
+        """Run one task; whether the next one of the cell can be run.
+
+        Raises:
+            EvaluationError: it failed, and the sweep is not to go on.
+        """
+        try:
+            record = _one(self.lm, task, self.manager, self.settings, _files(self.path, name))
+        except RunFailed as error:
+            cell["failed"] = f"{task}: {error}"
+            self._save(f"{name}: {task} failed, {error}")
+            if self.keep_going:
+                return False
+            raise EvaluationError(f"{name} on {task}: {error}") from error.__cause__
+        if record is not None:
+            cell.setdefault("tasks", {})[task] = record
+            _summarise(cell, self.settings.tasks)
+            self._save(f"{name}: {task} {_short(record)} ({record['seconds']:.0f} s)")
+        return True
+
+    def _save(self, line: str) -> None:
+        """Write the file, then tell `progress`."""
+        # cells are compared question by question, so only those that ran all tasks can be
+        tasks, cells = set(self.settings.tasks), self.result["cells"]
+        fill_in({name: cell for name, cell in cells.items() if tasks <= set(cell.get("tasks", ()))})
+        if self.path is not None and _rank() == 0:
+            write(self.result, self.path)
+        self.progress(line)
+
+
+def _opened(settings: Settings, device: Any, path: Path | None) -> Result:
+    """An empty result, or the one at `path`, which the first process reads.
+
+    Raises:
+        InputError: it is about other settings.
+    """
+    result: Result = {"schema": SCHEMA, "run": settings.about(), "environment": environment(device), "cells": {}}
+    if path is not None and path.exists() and _rank() == 0:
+        stored = read(path)
+        if run_of(stored) != result["run"]:
+            raise InputError(f"{str(path)!r} is about other settings. Name another file with --out, or delete it.")
+        result["cells"] = stored["cells"]
     return result
 
 
@@ -326,14 +367,6 @@ def _share(scores: Sequence[float]) -> Share:
 def _short(record: Task) -> str:
     name, scores = next(iter(record["scores"].items()), ("", {}))
     return ", ".join(f"{metric} {value:.4g}" for metric, value in scores.items()) or name
-
-
-def _save(result: Result, path: Path | None, tasks: Sequence[str]) -> None:
-    # cells are compared question by question, so only those that ran all tasks can be
-    done = {name: cell for name, cell in result["cells"].items() if set(tasks) <= set(cell.get("tasks", ()))}
-    fill_in(done)
-    if path is not None and _rank() == 0:
-        write(result, path)
 
 
 def _files(path: Path | None, name: str) -> Path:
