@@ -144,7 +144,7 @@ def check(one, adapter, method, inputs):
 
 def prefilled(one, method, inputs):
     """The cache as the prompt saw it, without eviction after it."""
-    stages = tuple(dataclasses.replace(stage, evict=None) for stage in method.stages())
+    stages = tuple(dataclasses.replace(stage, leave=vtc.Drop()) for stage in method.stages())
     given = GivenStages(given=stages, budget=method.budget)
     with vtc.compress(one.model, given, positions="original"), torch.no_grad():
         return names.cache_of(one.model(**inputs, use_cache=True))

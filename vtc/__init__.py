@@ -14,20 +14,24 @@ from vtc.errors import VTCError
 from vtc.registry import create, describe, from_dict, methods, register
 from vtc.report import Report
 from vtc.spec import format_spec, parse
-from vtc.stages import Links, Method, Paper, Signal, Site, Stage
+from vtc.stages import Drop, Freeze, Links, Method, Paper, Park, Repeat, Signal, Site, Stage, Weigh
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout, Tokens
 
 __all__ = [
     "Budget",
     "ClipCompanion",
+    "Drop",
     "EncoderHandle",
     "EncoderReport",
+    "Freeze",
     "Handle",
     "Layout",
     "Links",
     "Method",
     "Paper",
+    "Park",
+    "Repeat",
     "Report",
     "Signal",
     "Site",
@@ -35,6 +39,7 @@ __all__ = [
     "TokenMap",
     "Tokens",
     "VTCError",
+    "Weigh",
     "__version__",
     "compress",
     "compress_encoder",

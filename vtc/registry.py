@@ -148,7 +148,8 @@ def _places(stages: Sequence[Stage]) -> list[str]:
         before = runs[-1][-1] if runs else None
         if (
             before is not None
-            and before.leave == stage.leave == "freeze"
+            and before.freezes
+            and stage.freezes
             and isinstance(before.site.index, int)
             and stage.site.index == before.site.index + 1
         ):

@@ -34,6 +34,9 @@ class Site:
 
     A float index is a share of the depth, for methods whose paper counts so; the engine makes it a layer of the model.
 
+    With `before_mlp`, a stage at layer[k] acts inside layer k-1, between its attention and its MLP, which then runs on
+    what is left. Keys and values, and all later layers, are those of a stage before layer k.
+
     Example:
         >>> str(Site("layer", 2)), str(Site("tower_out")), str(Site("layer", 0.5)), str(Site("layer", 0.5).at_depth(32))
         ('layer[2]', 'tower_out', 'layer[50%]', 'layer[16]')
@@ -41,6 +44,7 @@ class Site:
 
     name: str
     index: int | float | None = None
+    before_mlp: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in SITES:
@@ -49,6 +53,8 @@ class Site:
             raise SpecError(f"site {self.name!r} with index {self.index}: only tower[i] and layer[k] have an index.")
         if isinstance(self.index, float) and not 0.0 < self.index < 1.0:
             raise SpecError(f"site {self.name!r} at {self.index}: a share of the depth lies between 0 and 1.")
+        if self.before_mlp and self.name != "layer":
+            raise SpecError(f"site {self.name!r} with before_mlp: only layer[k] stages can act before an MLP.")
 
     @property
     def order(self) -> tuple[int, int | float]:
@@ -103,6 +109,7 @@ Correlate = Callable[[Tokens, Tensor], Links]
 Compress = Callable[[Tokens, Tensor, Links | None], TokenMap]
 Schedule = Callable[[int, int], int]
 Pace = Callable[[int, int, int, int], int]
+Carry = Callable[[Tokens], Tensor]
 
 
 def drop(tokens: Tokens, keep: Int[Tensor, "B K"], links: Links | None) -> TokenMap:
@@ -121,6 +128,121 @@ def nothing(tokens: Tokens) -> Int[Tensor, "B 0"]:
 
 
 @dataclass(frozen=True)
+class Leave:
+    """What becomes of the tokens that do not stay: `Drop`, `Weigh`, `Park` or `Freeze`."""
+
+    #: what the stage does, for messages
+    verb: ClassVar[str]
+
+    @property
+    def site(self) -> str | None:
+        """The only site where this is possible; None: it is everywhere."""
+        return "layer"
+
+    def at_depth(self, layers: int) -> "Leave":
+        """The same in an LLM of `layers` layers: shares of the depth become numbers."""
+        return self
+
+
+@dataclass(frozen=True)
+class Drop(Leave):
+    """They are gone from here on.
+
+    Args:
+        evict: for layer[k]: after the prefill, the caches of the layers evict .. k - 1 are cut to the tokens that enter
+            layer k (a float is a share of the depth); None: they keep what they saw.
+    """
+
+    verb = "evicts from caches"
+    evict: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if self.evict is not None:
+            _check_layer("evict", self.evict, 0)
+
+    @property
+    def site(self) -> str | None:
+        return None if self.evict is None else "layer"
+
+    def at_depth(self, layers: int) -> "Drop":
+        return self if self.evict is None else Drop(at_depth(self.evict, layers))
+
+
+@dataclass(frozen=True)
+class Weigh(Leave):
+    """They are gone from block i of the tower on, and later blocks add log(size) of merged tokens to their logits."""
+
+    verb = "weighs merged tokens by their sizes"
+
+    @property
+    def site(self) -> str | None:
+        return "tower"
+
+
+@dataclass(frozen=True)
+class Park(Leave):
+    """They skip the layers k .. until - 1 and come back, unchanged, before layer `until`. Such a stage cannot merge.
+
+    Args:
+        until: that layer (a float is a share of the depth).
+    """
+
+    verb = "parks tokens"
+    until: int | float
+
+    def __post_init__(self) -> None:
+        _check_layer("until", self.until, 1)
+
+    def at_depth(self, layers: int) -> "Park":
+        return Park(at_depth(self.until, layers))
+
+
+@dataclass(frozen=True)
+class Freeze(Leave):
+    """In layer k they are neither queries nor pass the MLP, but others see their keys and values of that layer.
+
+    Such a stage cannot merge.
+    """
+
+    verb = "freezes tokens"
+
+
+def _check_layer(name: str, value: int | float, least: int) -> None:
+    is_layer = 0.0 < value < 1.0 if isinstance(value, float) else isinstance(value, int) and value >= least
+    if not is_layer:
+        raise SpecError(
+            f"{name}={value!r} is neither the number of a decoder layer ({least} or more) nor a share of the depth "
+            "between 0 and 1."
+        )
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The schedule of a stage that acts at its site and at every later block up to the feature layer, or layer.
+
+    Args:
+        pace: (N, k, i, n) -> how many of N tokens stay after the i-th (from 0) of n repetitions.
+        carry: at tower[i], what the repetitions hand on: from the tokens of one block, a tensor [B, ...] that the next
+            one reads as `tokens.signals["carried"]`; the first one has none.
+    """
+
+    pace: Pace
+    carry: Carry | None = None
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Repetition number `index` (from 0) of `count`."""
+
+    repeat: Repeat
+    index: int
+    count: int
+
+    def __call__(self, total: int, budget: int) -> int:
+        return self.repeat.pace(total, budget, self.index, self.count)
+
+
+@dataclass(frozen=True)
 class Stage:
     """One decision at one site.
 
@@ -133,22 +255,9 @@ class Stage:
         pool: whether the tokens of one image or all visual tokens of a sample compete with each other.
         budget: what stays after this stage; None: the budget of the method.
         schedule: (N, k) -> how many of a group of originally N tokens stay after this stage, where the budget leaves k
-            of them; None: k. For methods that drop in several steps; 0 in the LLM drops all.
-        pace: (N, k, i, n) -> how many stay after the i-th (from 0) of n repetitions. A stage with a pace acts at its
-            site and at every later block up to the feature layer (tower), or every later decoder layer; None: once.
-        carry: what the repetitions of a stage with a pace hand on: from the tokens of one block, a tensor [B, ...] that
-            the next one reads as `tokens.signals["carried"]`; the first one has none (tower[i] only).
-        proportional: whether later blocks add log(size) of merged tokens to their attention logits (tower[i] only).
-        leave: what becomes of the tokens that do not stay (layer[k] only; "park" and "freeze" cannot merge):
-            "drop": they are gone from this layer on;
-            "park": they skip the layers k .. until - 1 and come back, unchanged, before layer `until`;
-            "freeze": in layer k they are neither queries nor pass the MLP, but the others still see their keys and
-            values of that layer.
-        before_mlp: layer[k] only: the stage acts inside layer k-1, between its attention and its MLP, which then runs
-            on what is left. Keys and values, and all later layers, are those of a stage before layer k.
-        until: the layer before which parked tokens come back (a float is a share of the depth).
-        evict: after the prefill, the caches of the layers evict .. k - 1 are cut to the tokens that enter layer k
-            (a float is a share of the depth); None: they keep what they saw.
+            of them; None: k. For methods that drop in several steps; 0 in the LLM drops all. A `Repeat` makes the stage
+            act at later blocks or layers too.
+        leave: what becomes of the tokens that do not stay.
     """
 
     site: Site
@@ -158,56 +267,77 @@ class Stage:
     signals: tuple[Signal, ...] = ()
     pool: Literal["image", "sample"] = "image"
     budget: Budget | None = None
-    schedule: Schedule | None = None
-    pace: Pace | None = None
-    carry: Callable[[Tokens], Tensor] | None = None
-    proportional: bool = False
-    leave: Literal["drop", "park", "freeze"] = "drop"
-    before_mlp: bool = False
-    until: int | float | None = None
-    evict: int | float | None = None
+    schedule: Schedule | Repeat | None = None
+    leave: Leave = Drop()
 
     def __post_init__(self) -> None:
-        if (self.leave != "drop" or self.evict is not None) and self.site.name != "layer":
-            raise SpecError(f"a stage at {self.site} parks, freezes or evicts, which only layer[k] stages can.")
-        if (self.leave == "park") != (self.until is not None):
-            raise SpecError(f"a stage at {self.site}: until= is the layer before which parked tokens come back.")
-        if self.proportional and self.site.name != "tower":
-            raise SpecError(f"a stage at {self.site}: proportional attention belongs to stages at tower[i].")
-        if self.carry is not None and self.site.name != "tower":
-            raise SpecError(f"a stage at {self.site}: only stages at tower[i] carry something on to later blocks.")
-        if self.pace is not None and (self.schedule is not None or self.site.name not in ("tower", "layer")):
-            raise SpecError(f"a stage at {self.site}: a pace is for tower[i] and layer[k], and replaces the schedule.")
-        if self.before_mlp and (self.site.name != "layer" or self.leave != "drop"):
-            raise SpecError(f"a stage at {self.site}: before_mlp is for layer[k] stages that drop or merge.")
-        if self.leave != "drop" and self.evict is not None:
-            raise SpecError(f"a stage at {self.site}: only a stage that drops tokens can evict them from caches.")
+        name, leave, repeat = self.site.name, self.leave, self.schedule
+        if not isinstance(leave, Leave):
+            raise SpecError(
+                f"a stage at {self.site} has leave={leave!r}. Use Drop(), Weigh(), Park(until=...) or Freeze() of "
+                "vtc.stages."
+            )
+        if leave.site not in (None, name):
+            where = "layer[k]" if leave.site == "layer" else "tower[i]"
+            raise SpecError(f"a stage at {self.site} {leave.verb}, which only {where} stages can.")
+        if self.site.before_mlp and not isinstance(leave, Drop):
+            raise SpecError(f"a stage at {self.site} {leave.verb}, which layer[k] stages with before_mlp cannot.")
+        if isinstance(repeat, Repeat) and name not in ("tower", "layer"):
+            raise SpecError(f"a stage at {self.site} repeats, which only tower[i] and layer[k] stages can.")
+        if isinstance(repeat, Repeat) and repeat.carry is not None and name != "tower":
+            raise SpecError(f"a stage at {self.site} carries something on, which only tower[i] stages can.")
 
     def at_depth(self, layers: int) -> "Stage":
         """The same stage where its site has `layers` layers or blocks: shares of the depth become numbers."""
         if self.site.name not in ("tower", "layer"):
             return self
-        until, evict = (None if index is None else at_depth(index, layers) for index in (self.until, self.evict))
-        return replace(self, site=self.site.at_depth(layers), until=until, evict=evict)
+        return replace(self, site=self.site.at_depth(layers), leave=self.leave.at_depth(layers))
 
     @property
     def place(self) -> str:
         """The site for tables; "tower[4..]" where the stage acts at every later block too."""
-        return str(self.site) if self.pace is None else f"{str(self.site)[:-1]}..]"
+        return f"{str(self.site)[:-1]}..]" if isinstance(self.schedule, Repeat) else str(self.site)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether later blocks of the tower add log(size) of merged tokens to their attention logits."""
+        return isinstance(self.leave, Weigh)
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the tokens that do not stay are frozen in this layer."""
+        return isinstance(self.leave, Freeze)
+
+    @property
+    def parks_until(self) -> int | float | None:
+        """The layer before which parked tokens come back; None: none is parked."""
+        return self.leave.until if isinstance(self.leave, Park) else None
+
+    @property
+    def evicts_from(self) -> int | float | None:
+        """The first layer whose cache is cut after the prefill; None: none is."""
+        return self.leave.evict if isinstance(self.leave, Drop) else None
+
+    @property
+    def carry(self) -> Carry | None:
+        """What the repetitions of this stage hand on; None: nothing."""
+        repeat = self.schedule.repeat if isinstance(self.schedule, _Turn) else self.schedule
+        return repeat.carry if isinstance(repeat, Repeat) else None
 
     def repeated(self, depth: int) -> "tuple[Stage, ...]":
         """The stages that this one stands for where its site has `depth` blocks or layers."""
-        first = self.site.index
-        if self.pace is None or not isinstance(first, int) or first >= depth:
+        first, repeat = self.site.index, self.schedule
+        if not isinstance(repeat, Repeat) or not isinstance(first, int) or first >= depth:
             return (self,)
-
-        def schedule(i: int, pace: Pace = self.pace) -> Schedule:
-            return lambda n, k: pace(n, k, i, depth - first)
-
         return tuple(
-            replace(self, site=Site(self.site.name, index), schedule=schedule(index - first), pace=None)
-            for index in range(first, depth)
+            replace(self, site=replace(self.site, index=first + i), schedule=_Turn(repeat, i, depth - first))
+            for i in range(depth - first)
         )
+
+    def count(self, total: int, budget: int) -> int:
+        """How many of a group of originally `total` tokens stay by the schedule, where the budget leaves `budget`."""
+        assert not isinstance(self.schedule, Repeat), "ask the stages of repeated()"
+        return budget if self.schedule is None else self.schedule(total, budget)
 
     def decide(self, tokens: Tokens) -> TokenMap:
         """The map after which group b holds `tokens.budget[b]` tokens (adaptive methods: at most)."""

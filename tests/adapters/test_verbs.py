@@ -7,7 +7,7 @@ import torch
 
 import vtc
 from vtc.engine.host import names
-from vtc.stages import Site, Stage, nothing
+from vtc.stages import Drop, Freeze, Park, Site, Stage, nothing
 from vtc.testing import GivenStages, families, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
 from vtc.tokens import Budget
@@ -30,10 +30,10 @@ def steps(verb):
     """Where the verb acts; dropping starts behind the last layer that forbids it in some family."""
     budget = Budget(tokens=5)
     if verb == "freeze":
-        return [Stage(Site("layer", k), nothing, leave="freeze", budget=Budget(ratio=1.0)) for k in (0, 2)]
+        return [Stage(Site("layer", k), nothing, leave=Freeze(), budget=Budget(ratio=1.0)) for k in (0, 2)]
     if verb == "park":
-        return [Stage(Site("layer", 3), first_five, leave="park", until=4, budget=budget)]
-    return [Stage(Site("layer", 3), first_five, evict=1, budget=budget)]
+        return [Stage(Site("layer", 3), first_five, leave=Park(until=4), budget=budget)]
+    return [Stage(Site("layer", 3), first_five, leave=Drop(evict=1), budget=budget)]
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

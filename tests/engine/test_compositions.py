@@ -89,7 +89,7 @@ def test_on_the_embedded_model(embedded, spec):
     loaded, inputs = embedded
     model, length = loaded.model, inputs["input_ids"].shape[1]
     is_visual = inputs["input_ids"] == model.config.image_token_index
-    frozen = {stage.site.index for m in vtc.parse(spec) for stage in m.stages_in(8) if stage.leave == "freeze"}
+    frozen = {stage.site.index for m in vtc.parse(spec) for stage in m.stages_in(8) if stage.freezes}
     entering = []
     hook = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: entering.append(kwargs["inputs_embeds"]), with_kwargs=True

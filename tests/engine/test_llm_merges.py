@@ -13,7 +13,7 @@ from vtc import errors
 from vtc.adapter import adapter_for
 from vtc.engine.host import names
 from vtc.primitives import mean_merge
-from vtc.stages import Links, Signal, Site, Stage, nothing
+from vtc.stages import Drop, Freeze, Links, Park, Signal, Site, Stage, nothing
 from vtc.testing import GivenStages, masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS
 from vtc.tokens import Budget
@@ -46,9 +46,9 @@ def to_first_of_run(tokens, keep):
     return Links(source, slot, (slot >= 0).float())
 
 
-def merge(site, tokens, **options):
+def merge(site, tokens):
     budget = Budget(tokens=tokens, per="sample")
-    return Stage(site, first_of_run, to_first_of_run, mean_merge, pool="sample", budget=budget, **options)
+    return Stage(site, first_of_run, to_first_of_run, mean_merge, pool="sample", budget=budget)
 
 
 class Expected:
@@ -121,9 +121,9 @@ CASES = {
 }
 
 
-def stages_of(merges, **options):
-    sites = {layer: Site("layer", layer) if layer else Site("llm_in") for layer in merges}
-    return tuple(merge(sites[layer], tokens, **options) for layer, tokens in merges.items())
+def stages_of(merges, before_mlp=False):
+    sites = {layer: Site("layer", layer, before_mlp) if layer else Site("llm_in", None, before_mlp) for layer in merges}
+    return tuple(merge(sites[layer], tokens) for layer, tokens in merges.items())
 
 
 def check(one, prompts, merges, size_bias=True, before_mlp=False):
@@ -188,7 +188,7 @@ def test_a_merge_before_the_mlp_leaves_the_cache_of_its_layer_whole(llava):
 
 def test_a_merge_before_the_mlp_that_keeps_everything_changes_no_bit(llava):
     inputs = llava.inputs(PROMPTS)
-    stage = Stage(Site("layer", 2), first_of_run, budget=Budget(ratio=1.0), before_mlp=True)
+    stage = Stage(Site("layer", 2, before_mlp=True), first_of_run, budget=Budget(ratio=1.0))
     with torch.no_grad():
         before = llava.model(**inputs).logits
         with vtc.compress(llava.model, GivenStages(given=(stage,)), positions="original"):
@@ -196,16 +196,16 @@ def test_a_merge_before_the_mlp_that_keeps_everything_changes_no_bit(llava):
 
 
 def frozen_at(layer):
-    return Stage(Site("layer", layer), nothing, leave="freeze", budget=Budget(ratio=1.0))
+    return Stage(Site("layer", layer), nothing, leave=Freeze(), budget=Budget(ratio=1.0))
 
 
 def parked(layer, until):
-    return Stage(Site("layer", layer), first_of_run, leave="park", until=until, budget=Budget(tokens=4))
+    return Stage(Site("layer", layer), first_of_run, leave=Park(until), budget=Budget(tokens=4))
 
 
 def early(layer, *signals):
     signals = tuple(Signal(name) if isinstance(name, str) else name for name in signals)
-    return Stage(Site("layer", layer), first_of_run, signals=signals, budget=Budget(tokens=4), before_mlp=True)
+    return Stage(Site("layer", layer, before_mlp=True), first_of_run, signals=signals, budget=Budget(tokens=4))
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def early(layer, *signals):
         (lambda: (parked(1, 3), early(3)), "tokens parked until layer 3"),
         (lambda: (early(2, "layer_keys"),), "before_mlp=False"),
         (lambda: (early(2, Signal("keys", layer=1)),), "layer=0 or less"),
-        (lambda: (Stage(Site("llm_in"), first_of_run, before_mlp=True),), "layer.k. stages"),
-        (lambda: (Stage(Site("layer", 2), nothing, leave="freeze", before_mlp=True),), "layer.k. stages"),
+        (lambda: (Stage(Site("llm_in", before_mlp=True), first_of_run),), "layer.k. stages"),
+        (lambda: (Stage(Site("layer", 2, before_mlp=True), nothing, leave=Freeze()),), "layer.k. stages"),
     ],
 )
 def test_refusals_before_the_mlp(sdpa_llava, stages, message):
@@ -285,8 +285,10 @@ def test_second_turn_with_new_images(llava):
 def test_frozen_and_evicted_layers_keep_the_sizes(llava, prompts):
     """The bias follows the entries where a cache holds them in another order, or loses some of them."""
     inputs = llava.inputs(prompts)
-    frozen = Stage(Site("layer", 3), nothing, leave="freeze", budget=Budget(ratio=1.0))
-    evicting = Stage(Site("layer", 3), first_of_run, pool="sample", budget=Budget(tokens=3, per="sample"), evict=1)
+    frozen = Stage(Site("layer", 3), nothing, leave=Freeze(), budget=Budget(ratio=1.0))
+    evicting = Stage(
+        Site("layer", 3), first_of_run, pool="sample", budget=Budget(tokens=3, per="sample"), leave=Drop(evict=1)
+    )
     for last in (frozen, evicting):
         method = GivenStages(given=(*stages_of({2: 5}), last))
         with vtc.compress(llava.model, method, positions="original", size_bias=True), torch.no_grad():

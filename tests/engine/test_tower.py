@@ -55,7 +55,7 @@ class Scripted(vtc.Method):
                 self.compress,
                 signals,
                 schedule=lambda n, k, i=i: n - (n - k) * (i + 1) // count,
-                proportional=self.proportional,
+                leave=vtc.Weigh() if self.proportional else vtc.Drop(),
             )
             for i, block in enumerate(self.blocks)
         )

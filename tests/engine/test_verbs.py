@@ -6,7 +6,7 @@ import torch
 import vtc
 from vtc import errors
 from vtc.engine.host import names
-from vtc.stages import Site, Stage, nothing
+from vtc.stages import Drop, Freeze, Park, Repeat, Site, Stage, Weigh, nothing
 from vtc.testing import GivenStages, masked_logits, relative_difference, visible_columns
 from vtc.testing.tiny import PROMPTS
 from vtc.tokenmap import TokenMap
@@ -27,11 +27,15 @@ def scattered(tokens: Tokens) -> torch.Tensor:
 
 def freeze(*layers: int) -> tuple[Stage, ...]:
     whole = Budget(ratio=1.0)
-    return tuple(Stage(Site("layer", k), nothing, leave="freeze", budget=whole) for k in layers)
+    return tuple(Stage(Site("layer", k), nothing, leave=Freeze(), budget=whole) for k in layers)
 
 
 def drop(layer: int, tokens: int, **options) -> tuple[Stage, ...]:
     return (Stage(Site("layer", layer), scattered, budget=Budget(tokens=tokens), **options),)
+
+
+def pace(total: int, budget: int, step: int, steps: int) -> int:
+    return budget
 
 
 def drop_all(layer: int, samples: set[int]) -> tuple[Stage, ...]:
@@ -99,7 +103,7 @@ def test_frozen_layers_leave_the_visual_rows_unchanged(llava, layers, prompts, p
 def test_some_tokens_frozen_and_some_dropped(llava, prompts):
     """Dropping at layer 1, and freezing in layer 2 all but four of what is left."""
     inputs = llava.inputs(prompts)
-    awake = Stage(Site("layer", 2), scattered, leave="freeze", budget=Budget(tokens=4))
+    awake = Stage(Site("layer", 2), scattered, leave=Freeze(), budget=Budget(tokens=4))
     out, _, _, report = generate(llava.model, inputs, (*drop(1, 9), awake))
     full, dense = extended(inputs, out.sequences)
     length = inputs["input_ids"].shape[1]
@@ -120,7 +124,7 @@ def test_some_tokens_frozen_and_some_dropped(llava, prompts):
 @pytest.mark.parametrize(("at", "until"), [(1, 2), (1, 3), (0, 2)])
 def test_parked_tokens_skip_layers_and_come_back(llava, at, until, prompts):
     inputs = llava.inputs(prompts)
-    stages = drop(at, 5, leave="park", until=until)
+    stages = drop(at, 5, leave=Park(until))
     with vtc.compress(llava.model, GivenStages(given=stages)), torch.no_grad():
         cache = names.cache_of(llava.model(**inputs, use_cache=True))
     held = visible_columns(cache, inputs["input_ids"].shape[1])
@@ -139,7 +143,7 @@ def test_parked_tokens_skip_layers_and_come_back(llava, at, until, prompts):
 @of_every_batch
 def test_evicted_entries_are_hidden_from_later_tokens_only(llava, prompts):
     inputs = llava.inputs(prompts)
-    stages = drop(3, 4, evict=1)
+    stages = drop(3, 4, leave=Drop(evict=1))
     out, _, _, report = generate(llava.model, inputs, stages)
     full, dense = extended(inputs, out.sequences)
     length = inputs["input_ids"].shape[1]
@@ -165,7 +169,7 @@ def test_evicted_entries_are_hidden_from_later_tokens_only(llava, prompts):
 @of_every_batch
 def test_eviction_of_all_layers_before(llava, prompts):
     inputs = llava.inputs(prompts)
-    out, _, _, report = generate(llava.model, inputs, (*drop(1, 9), *drop(3, 4, evict=0)))
+    out, _, _, report = generate(llava.model, inputs, (*drop(1, 9), *drop(3, 4, leave=Drop(evict=0))))
     full, dense = extended(inputs, out.sequences)
     length = inputs["input_ids"].shape[1]
     after = visible_columns(names.cache_of(out), length, dense)
@@ -235,18 +239,32 @@ def test_second_turn_after_freezing_evicting_and_renumbering(llava):
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        (lambda: drop(2, 4, leave="park", until=2), "come back before a layer in 3..3"),
-        (lambda: drop(2, 4, leave="park", until=9), "come back before a layer in 3..3"),
-        (lambda: (*drop(1, 8, leave="park", until=3), *drop(2, 4)), "tokens parked until layer 3"),
-        (lambda: drop(2, 4, evict=2), "no layer before 2"),
+        (lambda: drop(2, 4, leave=Park(until=2)), "come back before a layer in 3..3"),
+        (lambda: drop(2, 4, leave=Park(until=9)), "come back before a layer in 3..3"),
+        (lambda: (*drop(1, 8, leave=Park(until=3)), *drop(2, 4)), "tokens parked until layer 3"),
+        (lambda: drop(2, 4, leave=Drop(evict=2)), "no layer before 2"),
         (lambda: (*freeze(1), *freeze(1)), "both freeze layer 1"),
-        (lambda: drop(2, 4, leave="park"), "until="),
-        (lambda: drop(2, 4, leave="freeze", evict=0), "only a stage that drops"),
+        (lambda: drop(2, 4, leave=Park(until=0)), "until=0 is neither"),
+        (lambda: drop(2, 4, leave=Park(until=3.0)), "until=3.0 is neither"),
+        (lambda: drop(2, 4, leave=Drop(evict=-1)), "evict=-1 is neither"),
+        (lambda: (Stage(Site("llm_in"), scattered, leave=Drop(evict=0)),), "evicts from caches, which only layer.k."),
+        (lambda: (Stage(Site("tower_out"), scattered, leave=Park(until=3)),), "parks tokens, which only layer.k."),
+        (lambda: (Stage(Site("tower", 0), nothing, leave=Freeze()),), "freezes tokens, which only layer.k."),
+        (lambda: drop(2, 4, leave=Weigh()), "weighs merged tokens by their sizes, which only tower.i."),
+        (lambda: (Stage(Site("llm_in"), scattered, schedule=Repeat(pace)),), "repeats, which only"),
+        (lambda: drop(2, 4, schedule=Repeat(pace, carry=lambda tokens: tokens.x)), "carries something on, which only"),
     ],
 )
 def test_refusals(llava, stages, message):
     with pytest.raises(errors.SpecError, match=message), vtc.compress(llava.model, GivenStages(given=stages())):
         pass
+
+
+def test_a_word_in_place_of_a_record_is_refused():
+    (stage,) = drop(2, 4)
+    object.__setattr__(stage, "leave", "park")  # the constructor's types are checked in tests
+    with pytest.raises(errors.SpecError, match="Use Drop"):
+        stage.__post_init__()
 
 
 def test_attention_of_a_frozen_layer_is_refused(llava):

@@ -86,7 +86,7 @@ def test_every_difference_is_an_option_of_its_own():
 @pytest.mark.parametrize("half", ["attention", "mlp"])
 def test_merges_inside_the_layer_or_behind_it(half):
     (stage,) = vtc.create("ficoco-l", layer=2, half=half).stages()
-    assert stage.before_mlp == (half == "attention")
+    assert stage.site.before_mlp == (half == "attention")
     one, found = tiny("llava"), {}
     mlp = one.model.model.language_model.layers[1].mlp
     hook = mlp.register_forward_hook(lambda module, args, output: found.update(rows=args[0].shape[1]))

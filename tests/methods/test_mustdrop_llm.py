@@ -84,7 +84,7 @@ def test_text_before_the_image_does_not_vote():
 def test_sites_and_eviction_of_the_paper_in_32_layers():
     stages = [stage.at_depth(32) for stage in vtc.create("mustdrop-llm").stages()]
     assert [stage.site.index for stage in stages] == [3, 7, 11, 15]
-    assert [stage.evict for stage in stages] == [None, None, None, 2]
+    assert [stage.evicts_from for stage in stages] == [None, None, None, 2]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_decoding_after_eviction_equals_the_masked_model(llava, positions):
         out = llava.model.generate(
             **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
-    kept = tuple(dataclasses.replace(stage, evict=None) for stage in method.stages())
+    kept = tuple(dataclasses.replace(stage, leave=vtc.Drop()) for stage in method.stages())
     given = GivenStages(given=kept, budget=method.budget)
     with vtc.compress(llava.model, given, positions="renumber" if positions == "auto" else positions), torch.no_grad():
         cache = names.cache_of(llava.model(**inputs, use_cache=True))

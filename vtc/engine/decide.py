@@ -26,7 +26,7 @@ def run_step(step: Step, tokens: Tokens) -> TokenMap:
     if not all(tokens.lengths):  # an earlier stage dropped whole groups; the others are decided alone
         return _without_empty(step, tokens)
     covers_all = all(k >= n for k, n in zip(tokens.budget, tokens.lengths, strict=True))
-    covers_all = covers_all and step.stage.leave != "freeze"  # freezing has no budget: nothing leaves
+    covers_all = covers_all and not step.stage.freezes  # freezing has no budget: nothing leaves
     if covers_all and "adaptive" not in step.method.tags:  # to an adaptive method, all is a ceiling
         identity = TokenMap.identity(tokens.lengths, tokens.x.device)
         if not tokens.num_prefix:

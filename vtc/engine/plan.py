@@ -121,12 +121,12 @@ class Plan:
     @functools.cached_property
     def reference(self) -> int:
         """The first decoder layer that sees every token that entered the LLM; masks are sized by it."""
-        return next((int(s.stage.until or 0) for s in self.at("layer", 0) if s.stage.leave == "park"), 0)
+        return next((int(s.stage.parks_until) for s in self.at("layer", 0) if s.stage.parks_until is not None), 0)
 
     @functools.cached_property
     def frozen(self) -> tuple[int, ...]:
         """Decoder layers in which visual tokens are frozen, ascending."""
-        return tuple(sorted({layer_of(s) for s in self.steps if s.stage.leave == "freeze"}))
+        return tuple(sorted({layer_of(s) for s in self.steps if s.stage.freezes}))
 
     @functools.cached_property
     def carried(self) -> tuple[Signal, ...]:

@@ -24,20 +24,21 @@ def check_step(adapter: Adapter, step: Step, companion: ClipCompanion | None) ->
         index = layer_of(step)
         sources = [source_layer(0, signal) for signal in step.stage.signals]
         lowest = max((-source for source in sources if source is not None), default=0)
-        first, why = (0, "") if step.stage.leave == "freeze" else adapter.lowest_layer
-        if step.stage.before_mlp:  # inside the layer before
+        first, why = (0, "") if step.stage.freezes else adapter.lowest_layer
+        if step.stage.site.before_mlp:  # inside the layer before
             lowest, first = max(lowest, 1), first and first + 1
         if lowest <= index < first:
             raise SpecError(f"{step}: {why}. The first layer where this stage can act is {first}, e.g. '@{first}'.")
         if not lowest <= index < count:
             raise SpecError(f"{step}: the LLM has layers {lowest}..{count - 1} where this stage can act (0-based).")
-        if step.stage.until is not None and not index < step.stage.until < count:
+        until, evict = step.stage.parks_until, step.stage.evicts_from
+        if until is not None and not index < until < count:
             raise SpecError(
                 f"{step}: tokens parked at layer {index} come back before a layer in {index + 1}..{count - 1}, "
-                f"not {step.stage.until}."
+                f"not {until}."
             )
-        if step.stage.evict is not None and not 0 <= step.stage.evict < index:
-            raise SpecError(f"{step}: evict={step.stage.evict} is no layer before {index}.")
+        if evict is not None and not 0 <= evict < index:
+            raise SpecError(f"{step}: evict={evict} is no layer before {index}.")
     if step.budget.per == "sample" and site.name in ("pixels", "tower", "tower_out"):
         raise UnsupportedFeatureError(
             f"{step}: per='sample' cannot be met where images are encoded one by one. Use per='image'."
@@ -67,12 +68,12 @@ def check_together(adapter: Adapter, steps: list[Step]) -> None:
     inside = [step for step in steps if step.stage.site.name == "layer"]
     frozen: dict[int, Step] = {}
     for step in inside:
-        if step.stage.leave == "freeze":
+        if step.stage.freezes:
             if layer_of(step) in frozen:
                 raise SpecError(f"{step} and {frozen[layer_of(step)]} both freeze layer {layer_of(step)}. Keep one.")
             frozen[layer_of(step)] = step
     for step in inside:
-        if step.stage.before_mlp and layer_of(step) - 1 in frozen:
+        if step.stage.site.before_mlp and layer_of(step) - 1 in frozen:
             raise SpecError(
                 f"{step} acts inside layer {layer_of(step) - 1}, in which {frozen[layer_of(step) - 1]} freezes tokens. "
                 "Use before_mlp=False, or another layer."
@@ -85,19 +86,21 @@ def check_together(adapter: Adapter, steps: list[Step]) -> None:
                     f"{step} reads {signal.name!r} of layer {source}, in which {frozen[source]} lets no visual token "
                     f"ask. Move the stage to another layer, or do not freeze layer {source}."
                 )
-        if step.stage.until is None:
+        until = step.stage.parks_until
+        if until is None:
             continue
         for other in inside:
-            if other.stage.evict is not None and other.stage.evict < step.stage.until:
+            evict = other.stage.evicts_from
+            if evict is not None and evict < until:
                 raise SpecError(
-                    f"{other} evicts from layers in which {step} has tokens parked (until layer {step.stage.until}). "
-                    f"Evict from layer {step.stage.until} on, or not at all."
+                    f"{other} evicts from layers in which {step} has tokens parked (until layer {until}). "
+                    f"Evict from layer {until} on, or not at all."
                 )
-            overlaps = layer_of(step) <= layer_of(other) - other.stage.before_mlp < step.stage.until
-            if other is not step and other.stage.leave != "freeze" and overlaps:
+            overlaps = layer_of(step) <= layer_of(other) - other.stage.site.before_mlp < until
+            if other is not step and not other.stage.freezes and overlaps:
                 raise SpecError(
-                    f"{other} acts while {step} has tokens parked until layer {step.stage.until}. Let it act before "
-                    f"layer {layer_of(step)} or from layer {step.stage.until} on."
+                    f"{other} acts while {step} has tokens parked until layer {until}. Let it act before "
+                    f"layer {layer_of(step)} or from layer {until} on."
                 )
     if frozen and is_flash(adapter):
         raise UnsupportedFeatureError(
@@ -167,7 +170,7 @@ def _check_tower(adapter: Adapter, step: Step) -> None:
         )
     for encoder in adapter.encoders:
         implementation = names.attention_of(encoder.tower.config)
-        if step.stage.proportional and implementation not in ("eager", "sdpa"):
+        if step.stage.weighs and implementation not in ("eager", "sdpa"):
             raise UnsupportedFeatureError(
                 f"{step} adds log(size) to the attention logits of the tower, for which {implementation!r} has no "
                 "argument. Load the model with attn_implementation='sdpa', or turn the option off."
@@ -194,8 +197,8 @@ def _check_signal(adapter: Adapter, step: Step, signal: Signal, companion: ClipC
             raise SignalUnavailableError(f"{step} reads {name!r}: {reason}. Or use relevance='llm' of the method.")
         return
     if site.name == "layer" and name not in CARRIED:
-        latest = 0 if name in OUTPUTS or step.stage.before_mlp else 1
-        if name in OWN and step.stage.before_mlp:
+        latest = 0 if name in OUTPUTS or step.stage.site.before_mlp else 1
+        if name in OWN and step.stage.site.before_mlp:
             raise SignalUnavailableError(
                 f"{step} reads {name!r} of layer {site.index}, and acts inside the layer before. Use before_mlp=False."
             )

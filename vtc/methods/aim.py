@@ -20,7 +20,7 @@ from vtc.primitives import (
     topk_keep,
 )
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Links, Method, Paper, Repeat, Signal, Site, Stage, check_choice
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
 
@@ -104,7 +104,7 @@ class AIM(Method):
         names = ("sequence_queries", "sequence_keys", "sequence_valid", "sequence_row")
         site = Site("layer", self.layer or DEPTH)
         signals = tuple(Signal(name) for name in names)
-        prune = Stage(site, self.rank, signals=signals, pool="sample", pace=self.pace)
+        prune = Stage(site, self.rank, signals=signals, pool="sample", schedule=Repeat(self.pace))
         return (merge, prune) if self.prune else (merge,)
 
     def pace(self, total: int, budget: int, step: int, steps: int) -> int:

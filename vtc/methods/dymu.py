@@ -10,7 +10,7 @@ from vtc.errors import SpecError
 from vtc.kernels import bipartite_match
 from vtc.primitives import bipartite_keep, bipartite_links, settle, size_weighted_merge
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Drop, Links, Method, Paper, Repeat, Signal, Site, Stage, Weigh, check_choice
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
@@ -118,7 +118,7 @@ class DyMU(Method):
                 self._stage(_Block(threshold).filter, self.first + i, budget=Budget(tokens=1))
                 for i, threshold in enumerate(thresholds)
             )
-        return (self._stage(filter_to_budget, self.first, pace=self.pace),)
+        return (self._stage(filter_to_budget, self.first, schedule=Repeat(self.pace)),)
 
     def pace(self, total: int, budget: int, step: int, steps: int) -> int:
         """Tokens that stay after block `step` of `steps`, without thresholds.
@@ -131,7 +131,7 @@ class DyMU(Method):
     def _stage(self, filter: Any, block: int, **options: Any) -> Stage:
         signals = (Signal("keys"), Signal("sizes"))
         site = Site("tower", block)
-        return Stage(site, filter, links, merge, signals, proportional=self.proportional, **options)
+        return Stage(site, filter, links, merge, signals, leave=Weigh() if self.proportional else Drop(), **options)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class ThresholdFinder(Method):
                 merge,
                 signals,
                 budget=Budget(tokens=1),
-                proportional=True,
+                leave=Weigh(),
             )
             for i, count in enumerate(counts)
         )

@@ -19,7 +19,7 @@ from vtc.primitives import (
     topk_keep,
 )
 from vtc.registry import register
-from vtc.stages import Links, Method, Signal, Site, Stage, check_choice
+from vtc.stages import Links, Method, Repeat, Signal, Site, Stage, check_choice
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
@@ -124,15 +124,14 @@ class FiCoCoL(Method):
         names = ("keys", "queries", "text_keys", "text_queries", "text_after")
         return (
             Stage(
-                Site("layer", self.layer),
+                Site("layer", self.layer, before_mlp=self.half == "attention"),
                 self.filter,
                 self.correlate,
                 self.compress,
                 tuple(Signal(name) for name in names),
                 pool="sample",
                 budget=budget,
-                pace=self.pace,
-                before_mlp=self.half == "attention",
+                schedule=Repeat(self.pace),
             ),
         )
 

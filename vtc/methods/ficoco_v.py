@@ -21,7 +21,7 @@ from vtc.primitives import (
     topk_keep,
 )
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Links, Method, Paper, Repeat, Signal, Site, Stage, check_choice
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
@@ -150,11 +150,8 @@ class FiCoCoV(Method):
         budget = Budget(tokens=1) if self.r and self.budget is None else None
         signals = (Signal("keys"), Signal("queries"))
         carry = self.taken if self.penalty and self.is_reference("windows") else None
-        return (
-            Stage(
-                site, self.filter, self.correlate, self.compress, signals, budget=budget, pace=self.pace, carry=carry
-            ),
-        )
+        repeat = Repeat(self.pace, carry)
+        return (Stage(site, self.filter, self.correlate, self.compress, signals, budget=budget, schedule=repeat),)
 
     def is_reference(self, name: str) -> bool:
         """Whether option `name` is what the published code does."""

@@ -7,7 +7,7 @@ from vtc.methods.ficoco_l import FiCoCoL
 from vtc.methods.ficoco_v import PAPER, FiCoCoV
 from vtc.primitives import even_pace
 from vtc.registry import register
-from vtc.stages import Method, Stage
+from vtc.stages import Method, Repeat, Stage
 
 
 @register
@@ -43,7 +43,7 @@ class FiCoCoVL(Method):
     def stages(self) -> tuple[Stage, ...]:
         (tower,) = FiCoCoV(budget=self.budget).stages()
         (llm,) = FiCoCoL(self.layer, budget=self.budget).stages()
-        return replace(tower, pace=self.tower_pace), replace(llm, pace=self.layer_pace)
+        return replace(tower, schedule=Repeat(self.tower_pace)), replace(llm, schedule=Repeat(self.layer_pace))
 
     def between(self, total: int, budget: int) -> int:
         """Tokens that leave the tower."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from vtc.errors import SpecError
 from vtc.primitives import seeded_uniform, topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Park, Signal, Site, Stage, check_choice
 from vtc.tokens import Budget, Tokens
 
 #: where the three ranges of layers begin; ours, the paper's are not known
@@ -80,7 +80,7 @@ class LVLMCSP(Method):
         share = Budget(ratio=self.clusters)
         attention = Signal("query_attention", rows=self.query)
         return (
-            Stage(Site("layer", first), self.cluster, signals=seen, budget=share, leave="park", until=second),
+            Stage(Site("layer", first), self.cluster, signals=seen, budget=share, leave=Park(until=second)),
             Stage(Site("layer", third), self.prune, signals=(attention,), pool="sample"),
         )
 

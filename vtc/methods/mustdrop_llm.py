@@ -9,7 +9,7 @@ from vtc.errors import SpecError
 from vtc.methods.mustdrop import MustDrop, dual_attention
 from vtc.primitives import at_most, geometric_pace, instruction, keep_where, ranks, settled
 from vtc.registry import register
-from vtc.stages import Method, Schedule, Signal, Site, Stage, check_ascending, check_choice, layer_or_share
+from vtc.stages import Drop, Method, Schedule, Signal, Site, Stage, check_ascending, check_choice, layer_or_share
 from vtc.tokens import Budget, Tokens
 
 #: behind layers 2, 6, 10 and 14 of 32
@@ -81,6 +81,7 @@ class MustDropLLM(Method):
         signals = [Signal(name) for name in names]
         if self.key != "none":
             signals += [Signal("visual_embeds"), Signal(KEYS[self.key], layer=self.key_layer)]
+        evicts = Drop(layer_or_share(self, "evict")) if self.evict else Drop()
         last = len(sites) - 1
         return tuple(
             Stage(
@@ -92,7 +93,7 @@ class MustDropLLM(Method):
                 pool="sample",
                 budget=Budget(ratio=1.0) if self.budget is None else None,
                 schedule=_ceiling(cut, len(sites)),
-                evict=layer_or_share(self, "evict") if self.evict and cut == last else None,
+                leave=evicts if cut == last else Drop(),
             )
             for cut, site in enumerate(sites)
         )

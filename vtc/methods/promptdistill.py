@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool1d, avg_pool2d
 from vtc.errors import InputError, SpecError
 from vtc.primitives import geometric_pace, topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Schedule, Signal, Site, Stage, check_ascending, check_choice
+from vtc.stages import Drop, Method, Paper, Schedule, Signal, Site, Stage, check_ascending, check_choice
 from vtc.tokens import Budget, Tokens
 
 #: behind layer 13 of 32
@@ -95,7 +95,7 @@ class PromptDistill(Method):
                 pool="sample",
                 budget=budget,
                 schedule=self._schedule(stage, len(layers)),
-                evict=before if stage < cut else None,
+                leave=Drop(evict=before) if stage < cut else Drop(),
             )
             for stage, (before, layer) in enumerate(zip((0, *layers), layers, strict=False))
         )

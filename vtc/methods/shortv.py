@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from vtc.calibration import stored_options
 from vtc.errors import BudgetError, SpecError
 from vtc.registry import register
-from vtc.stages import Method, Paper, Site, Stage, nothing
+from vtc.stages import Freeze, Method, Paper, Site, Stage, nothing
 from vtc.tokens import Budget
 
 #: depth of the LLM, and its layers by ascending contribution, as the README of the published code lists them
@@ -132,4 +132,4 @@ class ShortV(Method):
 
 def _freeze(layers: tuple[int, ...]) -> tuple[Stage, ...]:
     whole = Budget(ratio=1.0)
-    return tuple(Stage(Site("layer", layer), nothing, leave="freeze", budget=whole) for layer in sorted(layers))
+    return tuple(Stage(Site("layer", layer), nothing, leave=Freeze(), budget=whole) for layer in sorted(layers))

@@ -9,7 +9,7 @@ from vtc.errors import SpecError
 from vtc.kernels import cosine_match
 from vtc.primitives import rest_of, size_weighted_merge, take_rows, topk_keep
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Signal, Site, Stage
+from vtc.stages import Drop, Links, Method, Paper, Signal, Site, Stage, Weigh
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
 
@@ -77,7 +77,7 @@ class TokenTransforming(Method):
                 self.compress,
                 tuple(Signal(name) for name in ("keys", "received_attention", "sizes")),
                 schedule=lambda n, k: n - (n - k) * (i + 1) // count,
-                proportional=self.proportional,
+                leave=Weigh() if self.proportional else Drop(),
             )
 
         return tuple(part(i) for i in range(count))

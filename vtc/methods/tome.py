@@ -9,7 +9,7 @@ from vtc.errors import SpecError
 from vtc.kernels import bipartite_match
 from vtc.primitives import bipartite_keep, bipartite_links, linear_counts, linear_pace, size_weighted_merge
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Signal, Site, Stage
+from vtc.stages import Drop, Links, Method, Paper, Repeat, Signal, Site, Stage, Weigh
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
@@ -70,8 +70,8 @@ class ToMe(Method):
                 self.compress,
                 signals,
                 budget=budget,
-                pace=self.pace,
-                proportional=self.proportional,
+                schedule=Repeat(self.pace),
+                leave=Weigh() if self.proportional else Drop(),
             ),
         )
 

@@ -1,4 +1,4 @@
-"""Paces: how many tokens stay after each of several repetitions of a stage (see `Stage.pace`)."""
+"""Paces: how many tokens stay after each of several repetitions of a stage (see `Repeat.pace`)."""
 
 
 def even_pace(total: int, budget: int, step: int, steps: int) -> int:

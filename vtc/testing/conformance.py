@@ -63,7 +63,7 @@ def check_budget(method: Method, stage: Stage) -> None:
         for b, want in enumerate(tokens.budget):
             count, anchors = _stays(stage, tokens, token_map, b)
             exact = "adaptive" not in method.tags and getattr(method, "variant", "paper") != "reference"
-            exact = exact and stage.leave != "freeze"
+            exact = exact and not stage.freezes
             assert count == want if exact else count >= _least(method, stage), f"{count} stay, the budget says {want}"
             assert sorted(set(anchors)) == sorted(anchors), f"a token stays twice: {anchors}"
             assert all(tokens.num_prefix <= a < tokens.ends[b] for a in anchors), f"out of range: {anchors}"
@@ -185,7 +185,7 @@ def check_method(method: Method) -> None:
 
 def _least(method: Method, stage: Stage) -> int:
     """Tokens of a group that stay at least: none only where all may be frozen or dropped on purpose."""
-    return 0 if stage.leave == "freeze" or "drops_all" in method.tags else 1
+    return 0 if stage.freezes or "drops_all" in method.tags else 1
 
 
 def _stays(stage: Stage, tokens: Tokens, token_map: TokenMap, b: int) -> tuple[int, list[int]]:

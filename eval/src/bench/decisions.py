@@ -82,7 +82,7 @@ def decision(spec: str, num_tokens: int, device: torch.device) -> Timing:
         for stage in method.stages():
             tokens = drawn(method, stage, length, device)
             stages.append((stage, tokens))
-            if stage.leave == "drop":
+            if stage.parks_until is None and not stage.freezes:
                 length = max(1, *stage.decide(tokens).lengths)
 
     def decide() -> None:

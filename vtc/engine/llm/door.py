@@ -248,7 +248,7 @@ def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> tup
         if step.stage.pool == "sample":
             visual = visual.pooled()
         signals = {**_text_signals(step, rows, visual, embeds), **carried.collect(step, state, visual)}
-        tokens = visual.tokens(embeds, step.budget, signals, schedule=step.stage.schedule)
+        tokens = visual.tokens(embeds, step.budget, signals, schedule=step.stage.count)
         visual, embeds = visual.decide(step, tokens, embeds)
         rows = rows.with_visual(visual)
     state.rows = rows

@@ -17,9 +17,9 @@ def evict(cache: Any, plan: Plan, state: Forward, memory: Memory) -> Memory:
     """Cut the caches that the steps of `plan` name, in place; the memory of what is left."""
     kept = {}
     for step in plan.steps:
-        if step.stage.evict is not None:
+        if step.stage.evicts_from is not None:
             last = state.seen[layer_of(step)]
-            for index in range(int(step.stage.evict), layer_of(step)):
+            for index in range(int(step.stage.evicts_from), layer_of(step)):
                 kept[index] = _entries(last, memory, index), last.ragged
     return memory.cut(cache, kept)
 
@@ -28,9 +28,9 @@ def held_after_prefill(plan: Plan, per_layer: tuple[tuple[int, ...], ...]) -> tu
     """Visual tokens of each sample in the cache of each layer, from those that each layer saw."""
     held = list(per_layer)
     for step in plan.steps:
-        if step.stage.evict is not None:
+        if step.stage.evicts_from is not None:
             last = layer_of(step)
-            held[int(step.stage.evict) : last] = [per_layer[last]] * (last - int(step.stage.evict))
+            held[int(step.stage.evicts_from) : last] = [per_layer[last]] * (last - int(step.stage.evicts_from))
     return tuple(held)
 
 

@@ -34,10 +34,10 @@ def enter(
     assert rows is not None and rows.visual is not None
     visual, batch, length = rows.visual, rows.prompt.batch, rows.prompt.length
     with stopwatch(hidden.device) as watch:
-        tokens = visual.tokens(hidden, step.budget, {}, rows.row_of, step.stage.schedule)
+        tokens = visual.tokens(hidden, step.budget, {}, rows.row_of, step.stage.count)
         token_map = run_step(step, tokens)
         if not token_map.is_selection:
-            raise SpecError(f"{step} merges tokens, but frozen ones stay what they are. Use leave='drop'.")
+            raise SpecError(f"{step} merges tokens, but frozen ones stay what they are. Use leave=Drop().")
         awake = visual.follow(token_map)
         is_frozen = visual.is_kept(batch, length) & ~awake.is_kept(batch, length)
         frozen_row = take(is_frozen, rows.columns) & (rows.columns >= 0)

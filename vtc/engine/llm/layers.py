@@ -31,12 +31,12 @@ def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
     undo.before(adapter.layers[0], _check_handed_on, with_kwargs=True)
     if not plan.layers and not plan.size_bias:
         return
-    evicted = [int(step.stage.evict) for step in plan.steps if step.stage.evict is not None]
+    evicted = [int(step.stage.evicts_from) for step in plan.steps if step.stage.evicts_from is not None]
     first = 0 if plan.size_bias else min((plan.layers[0], *evicted))
     for index in range(first, len(adapter.layers)):
         hook = functools.partial(_enter_layer, adapter, plan, index)
         undo.before(adapter.layers[index], hook, with_kwargs=True)
-    for index in sorted({layer_of(step) - 1 for step in plan.steps if step.stage.before_mlp}):
+    for index in sorted({layer_of(step) - 1 for step in plan.steps if step.stage.site.before_mlp}):
         attention, mlp = adapter.projections(index)[0], adapter.layer_mlp(index)
         undo.override(attention, functools.partial(silenced, attention, True))
         undo.override(mlp, functools.partial(silenced, mlp, False))
@@ -83,13 +83,13 @@ def _enter_layer(adapter: Adapter, plan: Plan, index: int, module: nn.Module, ar
         state.note_lengths(index)
     steps = plan.at("layer", index) if state.visual is not None else ()
     for step in steps:
-        if step.stage.leave != "freeze" and not step.stage.before_mlp:
+        if not step.stage.freezes and not step.stage.site.before_mlp:
             own = functools.partial(_own_arguments, adapter, plan, state, index, hidden, kwargs)
             hidden = _run(adapter, step, index, state, hidden, own)
     cut = {**kwargs, **_arguments(adapter, plan, state, index, hidden, kwargs)}
     state.seen[index] = state.rows
     for step in steps:
-        if step.stage.leave == "freeze":
+        if step.stage.freezes:
             hidden, cut = freeze.enter(adapter, step, index, state, hidden, cut)
     return names.with_hidden_argument(args, cut, hidden)
 
@@ -113,7 +113,7 @@ def _run_halves(
         output = original(hidden, *args, **kwargs)
     hidden = names.first_of(output)
     for step in plan.at("layer", index + 1):
-        if step.stage.before_mlp:
+        if step.stage.site.before_mlp:
             # nothing of the next layer is read, which the plan has checked
             hidden = _run(adapter, step, index + 1, state, hidden, dict)
     with silence(attention):
@@ -137,16 +137,15 @@ def _run(
     with stopwatch(hidden.device) as watch:
         visual = rows.visual.pooled() if step.stage.pool == "sample" else rows.visual
         signals = layer_signals.collect(adapter, step, index, state, visual, hidden, own)
-        tokens = visual.tokens(hidden, step.budget, signals, rows.row_of, step.stage.schedule)
+        tokens = visual.tokens(hidden, step.budget, signals, rows.row_of, step.stage.count)
         left, merged = visual.decide(step, tokens, hidden, rows.row_of)
-        parks = step.stage.leave == "park"
-        if parks and merged is not hidden:
-            raise SpecError(f"{step} merges tokens, but parked ones come back as they were. Use leave='drop'.")
+        until = step.stage.parks_until
+        if until is not None and merged is not hidden:
+            raise SpecError(f"{step} merges tokens, but parked ones come back as they were. Use leave=Drop().")
         after, hidden = rows.with_visual(left), merged
         if left.per_sample(rows.prompt.batch) != rows.visual.per_sample(rows.prompt.batch):
-            if parks:
-                assert step.stage.until is not None
-                state.parked = Parked(int(step.stage.until), hidden, rows)
+            if until is not None:
+                state.parked = Parked(int(until), hidden, rows)
             after = after.cut(door)
             hidden = take(hidden, after.within(rows))
         state.go_on(after)  # sizes may have changed, also where the number has not

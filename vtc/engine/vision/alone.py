@@ -137,7 +137,7 @@ class _Alone:
 
         def targets(step: Step, current: tuple[int, ...]) -> tuple[int, ...]:
             origin = ((patches,),) * images
-            return budgets(step.budget, origin, current, layout, range(images), step.stage.schedule)
+            return budgets(step.budget, origin, current, layout, range(images), step.stage.count)
 
         run.passage = Passage(
             self.steps,
@@ -179,7 +179,7 @@ def _check(encoder: ImageEncoder, step: Step) -> None:
                 "See the options of the method for another score."
             )
     implementation = encoder.implementation()
-    if step.stage.proportional and implementation not in tower.MASKED:
+    if step.stage.weighs and implementation not in tower.MASKED:
         raise UnsupportedFeatureError(
             f"{step} adds log(size) to the attention logits, for which {implementation!r} has no argument. "
             "Load the model with attn_implementation='sdpa', or turn the option off."

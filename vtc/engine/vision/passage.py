@@ -189,7 +189,7 @@ class Passage:
         slots = _slots(token_map)
         self._slot = slots if self._slot is None else slots.gather(1, self._slot)
         self.token_map = token_map if self.token_map is None else self.token_map.then(token_map)
-        self._proportional = self._proportional or step.stage.proportional
+        self._proportional = self._proportional or step.stage.weighs
         before = self._ends(self.lengths, hidden=False)
         self.lengths = tuple(n - self.prefix for n in token_map.lengths)
         if self.layout is not None:

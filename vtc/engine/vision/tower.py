@@ -187,9 +187,7 @@ def _passage(
 
 
 def _scheduled(step: Step, lengths: tuple[int, ...], wanted: list[int], current: tuple[int, ...]) -> tuple[int, ...]:
-    schedule = step.stage.schedule
-    if schedule is not None:
-        wanted = [schedule(n, k) for n, k in zip(lengths, wanted, strict=True)]
+    wanted = [step.stage.count(n, k) for n, k in zip(lengths, wanted, strict=True)]
     return tuple(max(1, min(k, n)) for k, n in zip(wanted, current, strict=True))
 
 
