@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vtc.errors import BudgetError, SpecError
+from vtc.options import check_options
 from vtc.signals import SIGNALS
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
@@ -397,12 +398,13 @@ class Method:
         return True
 
     def __post_init__(self) -> None:
-        """Validate; subclasses extend it."""
+        """Validate the budget, and options by their rules (`vtc.options`); subclasses add what several must fulfil."""
         if self.budget is not None and not isinstance(self.budget, Budget):
             raise BudgetError(
                 f"budget={self.budget!r} of method {self.slug!r} is no Budget. Use Budget(tokens=64), or "
                 f"vtc.create({self.slug!r}, budget=64)."
             )
+        check_options(self)
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages, in the order of their sites."""
@@ -438,42 +440,3 @@ class Method:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "budget"}
         budget = None if self.budget is None else dataclasses.asdict(self.budget)
         return {"version": 1, "method": self.slug, "budget": budget, **fields}
-
-
-def check_choice(method: Method, name: str, allowed: tuple[str, ...]) -> None:
-    """Validate the field `name` of `method`.
-
-    Raises:
-        SpecError: it is none of `allowed`.
-    """
-    value = getattr(method, name)
-    if value not in allowed:
-        raise SpecError(f"{name}={value!r} of method {method.slug!r} is unknown. Use one of: {', '.join(allowed)}.")
-
-
-def layer_or_share(method: Method, name: str) -> int | float:
-    """The decoder layer in field `name` of `method`: below 1 a share of the depth, from 1 on its number (0-based).
-
-    Raises:
-        SpecError: it is neither.
-    """
-    value: float = getattr(method, name)
-    if value <= 0 or (value > 1 and value != int(value)):
-        raise SpecError(
-            f"{name}={value} of method {method.slug!r}: the number of a decoder layer (0-based, from 1 on), or a share "
-            "of the depth between 0 and 1."
-        )
-    return int(value) if value >= 1 else value
-
-
-def check_ascending(method: Method, name: str) -> None:
-    """Validate the decoder layers in field `name` of `method`.
-
-    Raises:
-        SpecError: they are not ascending numbers from 1 on.
-    """
-    layers = getattr(method, name)
-    if any(low >= high for low, high in zip((0, *layers), layers, strict=False)):
-        raise SpecError(
-            f"{name}={layers} of method {method.slug!r}: ascending decoder layers from 1 on (0-based), e.g. '8|16|24'."
-        )

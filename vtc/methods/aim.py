@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vtc.errors import SpecError
 from vtc.kernels import bipartite_match
+from vtc.options import AtLeastOne, Positive, Variant
 from vtc.primitives import (
     attention_pagerank,
     bipartite_keep,
@@ -20,7 +21,7 @@ from vtc.primitives import (
     topk_keep,
 )
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Repeat, Signal, Site, Stage, check_choice
+from vtc.stages import Links, Method, Paper, Repeat, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
 
@@ -81,22 +82,16 @@ class AIM(Method):
     layer: int = 0
     last: int = 0
     prune: bool = True
-    temperature: float = 0.1
-    iterations: int = 5
-    variant: str = "paper"
+    temperature: Positive = 0.1
+    iterations: AtLeastOne = 5
+    variant: Variant = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "variant", ("paper", "reference"))
         if self.layer < 0 or self.last < 0 or (self.last and not 0 < self.layer <= self.last):
             raise SpecError(
                 f"layer={self.layer}, last={self.last} of method {self.slug!r}: decoder layers from 1 on, last after "
                 "layer and not without it."
-            )
-        if self.temperature <= 0 or self.iterations < 1:
-            raise SpecError(
-                f"temperature={self.temperature}, iterations={self.iterations} of method {self.slug!r}: a positive "
-                "number, and at least 1."
             )
 
     def stages(self) -> tuple[Stage, ...]:

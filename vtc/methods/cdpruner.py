@@ -1,16 +1,17 @@
 """CDPruner: the tokens that are diverse given the question, by a conditional determinantal point process."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtc.errors import SpecError
 from vtc.kernels import dpp_map_features
+from vtc.options import OneOf, Variant, Within
 from vtc.primitives import ascending, valid_prefix
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -56,16 +57,9 @@ class CDPruner(Method):
     positions = "compact"
     defaults = {"llava": 128}  # project page: 128, 64, 32
 
-    relevance: str = "clip"
-    theta: float = 0.0
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "relevance", ("clip", "llm"))
-        check_choice(self, "variant", ("paper", "reference"))
-        if not 0.0 <= self.theta < 1.0:
-            raise SpecError(f"theta={self.theta} of method 'cdpruner': use a number in [0, 1); 0 turns it off.")
+    relevance: Annotated[str, OneOf("clip", "llm")] = "clip"
+    theta: Annotated[float, Within("[0, 1)")] = 0.0
+    variant: Variant = "paper"
 
     def stages(self) -> tuple[Stage, ...]:
         names = ("clip_image_embeds", "clip_text_embeds") if self.relevance == "clip" else ("text_embeds",)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtc.options import Variant
 from vtc.primitives import take_rows, topk_keep, valid_prefix
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Links, Method, Paper, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
 
@@ -52,11 +53,7 @@ class DART(Method):
 
     layer: int = 2
     pivots: int = 4
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "variant", ("paper", "reference"))
+    variant: Variant = "paper"
 
     def stages(self) -> tuple[Stage, ...]:
         names = ("keys", "normed_states", "position", "text_keys", "text_states", "text_position", "text_after")

@@ -1,16 +1,17 @@
 """DyMU: merge what is more similar than a calibrated threshold in every block of the tower, unmerge it in the LLM."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from vtc.calibration import stored_options
 from vtc.errors import SpecError
 from vtc.kernels import bipartite_match
+from vtc.options import Count, OneOf, Within
 from vtc.primitives import bipartite_keep, bipartite_links, settle, size_weighted_merge
 from vtc.registry import register
-from vtc.stages import Drop, Links, Method, Paper, Repeat, Signal, Site, Stage, Weigh, check_choice
+from vtc.stages import Drop, Links, Method, Paper, Repeat, Signal, Site, Stage, Weigh
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
@@ -78,19 +79,14 @@ class DyMU(Method):
     unmerges = True
     at = "first"
 
-    thresholds: tuple[float, ...] = ()
+    thresholds: Annotated[tuple[float, ...], Within("[-1, 1]", "cosines")] = ()
     calibration: str = ""
-    first: int = 0
-    schedule: str = "constant"
+    first: Count = 0
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "constant"
     proportional: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "schedule", SCHEDULES)
-        if self.first < 0:
-            raise SpecError(f"first={self.first} of method 'dymu': a block is a number from 0 on.")
-        if any(not -1.0 <= value <= 1.0 for value in self.thresholds):
-            raise SpecError(f"thresholds={self.thresholds} of method 'dymu': cosines lie between -1 and 1.")
         if self.thresholds and self.calibration:
             raise SpecError("method 'dymu' has thresholds and a calibration. Leave out one of them.")
         if self.found() and self.budget is not None:
@@ -153,7 +149,7 @@ class ThresholdFinder(Method):
 
     total: int = 0
     blocks: int = 1
-    schedule: str = "constant"
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "constant"
     seen: dict[int, list[float]] = field(default_factory=dict, compare=False)
 
     @property

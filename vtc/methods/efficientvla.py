@@ -1,15 +1,16 @@
 """EfficientVLA's token selection: a few key tokens, more by relevance, the rest by difference from the key ones."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
 from vtc.kernels import cosine_match
+from vtc.options import AtLeastOne, OneOf, Share
 from vtc.primitives import keep_where, ranks, take_rows, topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -51,17 +52,9 @@ class EfficientVLA(Method):
     at = "layer"
 
     layer: int = 2
-    key: int = 4
-    alpha: float = 0.5
-    direction: str = "to_vision"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "direction", ("to_vision", "to_text"))
-        if not 0.0 <= self.alpha <= 1.0:
-            raise SpecError(f"alpha={self.alpha} of method 'efficientvla': a share in [0, 1].")
-        if self.key < 1:
-            raise SpecError(f"key={self.key} of method 'efficientvla': diversity needs at least 1 key token.")
+    key: AtLeastOne = 4
+    alpha: Share = 0.5
+    direction: Annotated[str, OneOf("to_vision", "to_text")] = "to_vision"
 
     def stages(self) -> tuple[Stage, ...]:
         names = ("text_attention" if self.direction == "to_vision" else "attention_to_text",)

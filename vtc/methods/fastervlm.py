@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vtc.options import Score
 from vtc.primitives import topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -39,11 +40,7 @@ class FasterVLM(Method):
     positions = "compact"
     defaults = {"llava": 144}  # 75 % reduction, the project page's first row
 
-    score: str = "cls"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "score", ("cls", "received"))
+    score: Score = "cls"
 
     @property
     def signal(self) -> str:

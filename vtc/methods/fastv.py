@@ -1,12 +1,14 @@
 """FastV: drop the tokens that the prompt's last token ignores in an early layer."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
+from vtc.options import OneOf
 from vtc.primitives import topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -42,11 +44,7 @@ class FastV(Method):
     defaults = {"llava": 0.5}  # paper, table 1: K = 2, R = 50 %
 
     layer: int = 2
-    query: str = "last"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "query", ("last", "mean"))
+    query: Annotated[str, OneOf("last", "mean")] = "last"
 
     def stages(self) -> tuple[Stage, ...]:
         signal = Signal("query_attention", rows=self.query)

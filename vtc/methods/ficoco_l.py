@@ -1,13 +1,14 @@
 """FiCoCo-L: filter, correlate, compress in the language model."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
 from vtc.kernels import attention_rows, received_attention
-from vtc.methods.ficoco_v import PAPER, check_differences, follows_reference
+from vtc.methods.ficoco_v import PAPER, follows_reference
+from vtc.options import Count, OneOf, Share, Variant
 from vtc.primitives import (
     even_pace,
     instruction,
@@ -19,7 +20,7 @@ from vtc.primitives import (
     topk_keep,
 )
 from vtc.registry import register
-from vtc.stages import Links, Method, Repeat, Signal, Site, Stage, check_choice
+from vtc.stages import Links, Method, Repeat, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
@@ -95,29 +96,18 @@ class FiCoCoL(Method):
     at = "layer"
 
     layer: int = 6
-    beta: float = 0.6
-    gamma: float = 0.6
-    quantile: float = 0.998
-    r: int = 0
-    attention: str = "logits"
-    variant: str = "paper"
-    among: str = "auto"
-    first: str = "auto"
-    by_text: str = "auto"
-    targets: str = "auto"
-    merge: str = "auto"
-    half: str = "attention"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_differences(self, DIFFERENCES)
-        check_choice(self, "half", ("attention", "mlp"))
-        check_choice(self, "attention", ("softmax", "logits"))
-        for name in ("beta", "gamma", "quantile"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise SpecError(f"{name}={getattr(self, name)} of method {self.slug!r}: a number in [0, 1].")
-        if self.r < 0:
-            raise SpecError(f"r={self.r} of method {self.slug!r}: a number from 0 on.")
+    beta: Share = 0.6
+    gamma: Share = 0.6
+    quantile: Share = 0.998
+    r: Count = 0
+    attention: Annotated[str, OneOf("softmax", "logits")] = "logits"
+    variant: Variant = "paper"
+    among: Annotated[str, OneOf("auto", *DIFFERENCES["among"])] = "auto"
+    first: Annotated[str, OneOf("auto", *DIFFERENCES["first"])] = "auto"
+    by_text: Annotated[str, OneOf("auto", *DIFFERENCES["by_text"])] = "auto"
+    targets: Annotated[str, OneOf("auto", *DIFFERENCES["targets"])] = "auto"
+    merge: Annotated[str, OneOf("auto", *DIFFERENCES["merge"])] = "auto"
+    half: Annotated[str, OneOf("attention", "mlp")] = "attention"
 
     def stages(self) -> tuple[Stage, ...]:
         budget = Budget(tokens=1) if self.r and self.budget is None else None

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.errors import SpecError
 from vtc.kernels import attention_rows, received_attention
+from vtc.options import Count, OneOf, Share, Variant, Within
 from vtc.primitives import (
     even_pace,
     ranks_within,
@@ -21,7 +22,7 @@ from vtc.primitives import (
     topk_keep,
 )
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Repeat, Signal, Site, Stage, check_choice
+from vtc.stages import Links, Method, Paper, Repeat, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
@@ -37,17 +38,6 @@ DIFFERENCES: dict[str, tuple[str, str]] = {
     "order": ("raster", "score"),
     "windows": ("fresh", "carried"),
 }
-
-
-def check_differences(method: Method, differences: Mapping[str, tuple[str, str]]) -> None:
-    """Validate `variant` and the options in which paper and published code differ.
-
-    Raises:
-        SpecError: a value that neither of them has.
-    """
-    check_choice(method, "variant", ("paper", "reference"))
-    for name, choices in differences.items():
-        check_choice(method, name, ("auto", *choices))
 
 
 def follows_reference(method: Method, name: str, differences: Mapping[str, tuple[str, str]]) -> bool:
@@ -121,29 +111,18 @@ class FiCoCoV(Method):
     positions = "compact"
     at = "first"
 
-    lam: float = 0.35
-    quantile: float = 0.998
+    lam: Share = 0.35
+    quantile: Share = 0.998
     penalty: bool = True
-    first: int = -1
-    r: int = 0
-    attention: str = "logits"
-    variant: str = "paper"
-    lam_on: str = "auto"
-    terms: str = "auto"
-    targets: str = "auto"
-    order: str = "auto"
-    windows: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_differences(self, DIFFERENCES)
-        check_choice(self, "attention", ("softmax", "logits"))
-        if not 0.0 <= self.lam <= 1.0 or not 0.0 <= self.quantile <= 1.0:
-            raise SpecError(f"lam={self.lam}, quantile={self.quantile} of method {self.slug!r}: numbers in [0, 1].")
-        if self.first < -1 or self.r < 0:
-            raise SpecError(
-                f"first={self.first}, r={self.r} of method {self.slug!r}: numbers from 0 on (first also -1)."
-            )
+    first: Annotated[int, Within("[-1, inf)")] = -1
+    r: Count = 0
+    attention: Annotated[str, OneOf("softmax", "logits")] = "logits"
+    variant: Variant = "paper"
+    lam_on: Annotated[str, OneOf("auto", *DIFFERENCES["lam_on"])] = "auto"
+    terms: Annotated[str, OneOf("auto", *DIFFERENCES["terms"])] = "auto"
+    targets: Annotated[str, OneOf("auto", *DIFFERENCES["targets"])] = "auto"
+    order: Annotated[str, OneOf("auto", *DIFFERENCES["order"])] = "auto"
+    windows: Annotated[str, OneOf("auto", *DIFFERENCES["windows"])] = "auto"
 
     def stages(self) -> tuple[Stage, ...]:
         site = Site("tower", 0.5 if self.first < 0 else self.first)

@@ -1,10 +1,11 @@
 """FiCoCo-VL: FiCoCo-V in the vision tower and FiCoCo-L in the language model, one after the other."""
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
-from vtc.errors import SpecError
 from vtc.methods.ficoco_l import FiCoCoL
 from vtc.methods.ficoco_v import PAPER, FiCoCoV
+from vtc.options import Within
 from vtc.primitives import even_pace
 from vtc.registry import register
 from vtc.stages import Method, Repeat, Stage
@@ -33,12 +34,7 @@ class FiCoCoVL(Method):
     at = "layer"
 
     layer: int = 6
-    share: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 < self.share < 1.0:
-            raise SpecError(f"share={self.share} of method 'ficoco-vl': a number between 0 and 1.")
+    share: Annotated[float, Within("(0, 1)", "a share")] = 0.5
 
     def stages(self) -> tuple[Stage, ...]:
         (tower,) = FiCoCoV(budget=self.budget).stages()

@@ -1,13 +1,15 @@
 """FlashVLA's token selection: keep the tokens that carry most of the spectrum of the attention output."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from vtc.options import OneOf
 from vtc.primitives import topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -47,13 +49,8 @@ class FlashVLA(Method):
     at = "layer"
 
     layer: int = 2
-    rank: str = "entropy"
-    source: str = "attention"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "rank", ("entropy", "full"))
-        check_choice(self, "source", ("attention", "hidden"))
+    rank: Annotated[str, OneOf("entropy", "full")] = "entropy"
+    source: Annotated[str, OneOf("attention", "hidden")] = "attention"
 
     def stages(self) -> tuple[Stage, ...]:
         signals = (Signal("attention_output"),) if self.source == "attention" else ()

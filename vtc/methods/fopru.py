@@ -1,14 +1,16 @@
 """FoPru: keep the tokens, or the rows of the grid, that receive most attention in the encoder."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from vtc.errors import InputError
+from vtc.options import OneOf, Score
 from vtc.primitives import ranks, topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -42,13 +44,8 @@ class FoPru(Method):
     positions = "compact"
     defaults = {"llava": 0.25}  # a third-party digest: 25 % kept
 
-    strategy: str = "rank"
-    score: str = "received"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "strategy", ("rank", "row"))
-        check_choice(self, "score", ("received", "cls"))
+    strategy: Annotated[str, OneOf("rank", "row")] = "rank"
+    score: Score = "received"
 
     @property
     def signal(self) -> str:

@@ -1,15 +1,16 @@
 """G-Prune: keep the tokens that represent many others on a similarity graph."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
 from vtc.kernels import similarity_degree, similarity_propagate
+from vtc.options import Count, OneOf, Positive
 from vtc.primitives import segment_table, topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -51,18 +52,9 @@ class GPrune(Method):
     positions = "compact"
 
     similarity: float = 0.5
-    temperature: float = 0.03
-    iterations: int = 5
-    graphs: str = "anyres"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "graphs", ("anyres", "segment"))
-        if self.temperature <= 0 or self.iterations < 0:
-            raise SpecError(
-                f"temperature={self.temperature}, iterations={self.iterations} of method 'g-prune': use a temperature "
-                "above 0 and 0 or more iterations."
-            )
+    temperature: Positive = 0.03
+    iterations: Count = 5
+    graphs: Annotated[str, OneOf("anyres", "segment")] = "anyres"
 
     def stages(self) -> tuple[Stage, ...]:
         return (Stage(Site("llm_in"), self.filter),)

@@ -1,15 +1,17 @@
 """GlobalCom2: the full image decides how many tokens each of its tiles keeps, and helps to say which."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vtc.errors import InputError, SpecError
+from vtc.errors import InputError
+from vtc.options import OneOf, Positive, Variant, Within
 from vtc.primitives import keep_where, of_full, per_image, ranks, seats, settled
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -57,20 +59,11 @@ class GlobalCom2(Method):
     tags = frozenset({"needs_grid"})
     defaults = {"llava_next": 0.25}  # retention_ratio of the published code
 
-    temperature: float = 10.0
-    score: str = "cls"
+    temperature: Positive = 10.0
+    score: Annotated[str, OneOf("cls", "mean")] = "cls"
     layer: int = 1
-    ratio: float = 0.0
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "score", ("cls", "mean"))
-        check_choice(self, "variant", ("paper", "reference"))
-        if self.temperature <= 0:
-            raise SpecError(f"temperature={self.temperature} of method 'globalcom2': use a number above 0.")
-        if not 0.0 <= self.ratio <= 1.0:
-            raise SpecError(f"ratio={self.ratio} of method 'globalcom2': a share in [0, 1], 0 for that of the budget.")
+    ratio: Annotated[float, Within("[0, 1]", "a share, or 0 for that of the budget,")] = 0.0
+    variant: Variant = "paper"
 
     def stages(self) -> tuple[Stage, ...]:
         signals = (Signal("tile"), *((Signal("cls_logits", self.layer),) if self.score == "cls" else ()))

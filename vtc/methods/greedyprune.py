@@ -1,15 +1,16 @@
 """GreedyPrune: tokens in the order of their saliency, without those too similar to one already kept."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtc.errors import SpecError
+from vtc.options import OneOf, Within
 from vtc.primitives import ascending, take_rows, unlike_picks, valid_prefix
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -39,15 +40,9 @@ class GreedyPrune(Method):
     tags = frozenset({"query_aware", "permutation_equivariant"})
     at = "layer"
 
-    layer: int = 2
+    layer: Annotated[int, Within("[0, inf)", "a layer, or 0 for the LLM's input,")] = 2
     threshold: float = 0.9
-    query: str = "last"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "query", ("last", "mean"))
-        if self.layer < 0:
-            raise SpecError(f"layer={self.layer} of method 'greedyprune': use 0 for the LLM's input, or a layer.")
+    query: Annotated[str, OneOf("last", "mean")] = "last"
 
     def stages(self) -> tuple[Stage, ...]:
         site = Site("layer", self.layer) if self.layer else Site("llm_in")

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.errors import InputError, SpecError
+from vtc.errors import InputError
+from vtc.options import Share, Variant
 from vtc.primitives import keep_where, of_full, per_image, ranks, seats, settled
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -51,14 +52,8 @@ class HiRED(Method):
     positions = "compact"
     defaults = {"llava": 0.2, "llava_next": 0.2}  # token_budget_rate of the published scripts
 
-    alpha: float = 0.5
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "variant", ("paper", "reference"))
-        if not 0.0 <= self.alpha <= 1.0:
-            raise SpecError(f"alpha={self.alpha} of method 'hired': a share of the budget in [0, 1].")
+    alpha: Share = 0.5
+    variant: Variant = "paper"
 
     def stages(self) -> tuple[Stage, ...]:
         signals = tuple(Signal(name) for name in ("cls_attention", "cls_attention_layers", "tile"))

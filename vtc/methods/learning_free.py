@@ -1,15 +1,17 @@
 """LFTR, image part: average neighbouring tokens, those that are unlike the rest of the image weighing most."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from vtc.kernels import similarity_degree
+from vtc.options import OneOf
 from vtc.primitives import grid_cells, topk_keep
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Site, Stage, check_choice, keep_lengths
+from vtc.stages import Links, Method, Paper, Site, Stage, keep_lengths
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
 
@@ -35,11 +37,7 @@ class LearningFree(Method):
     fidelity = "reconstructed"
     tags = frozenset({"merges"})
 
-    rule: str = "mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "rule", ("mean", "top"))
+    rule: Annotated[str, OneOf("mean", "top")] = "mean"
 
     def stages(self) -> tuple[Stage, ...]:
         if self.rule == "top":

@@ -1,14 +1,16 @@
 """LVLM_CSP: a few tokens go first, all come back for the layers that look closely, and most leave for good."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from vtc.errors import SpecError
+from vtc.options import OneOf, Within
 from vtc.primitives import seeded_uniform, topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Park, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Park, Signal, Site, Stage
 from vtc.tokens import Budget, Tokens
 
 #: where the three ranges of layers begin; ours, the paper's are not known
@@ -57,22 +59,18 @@ class LVLMCSP(Method):
     at = "layers"
 
     layers: tuple[int | float, ...] = ()
-    clusters: float = 0.25
-    selector: str = "uniform"
-    query: str = "last"
+    clusters: Annotated[float, Within("(0, 1]", "a share")] = 0.25
+    selector: Annotated[str, OneOf("uniform", "cls", "random")] = "uniform"
+    query: Annotated[str, OneOf("last", "text")] = "last"
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "selector", ("uniform", "cls", "random"))
-        check_choice(self, "query", ("last", "text"))
         if len(self.layers) not in (0, 3):
             raise SpecError(
                 f"layers={self.layers} of method {self.slug!r}: the first layers of clustering, scattering and "
                 "pruning, e.g. '0|8|16'."
             )
-        if not 0.0 < self.clusters <= 1.0:
-            raise SpecError(f"clusters={self.clusters} of method {self.slug!r}: a share in (0, 1].")
 
     def stages(self) -> tuple[Stage, ...]:
         first, second, third = self.layers or DEPTHS

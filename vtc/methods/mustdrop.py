@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtc.errors import InputError, SpecError
+from vtc.errors import InputError
 from vtc.kernels import segment_merge
+from vtc.options import Variant, Within
 from vtc.primitives import at_most, mean_merge, ranks, settle, slot_of
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Site, Stage, check_choice
+from vtc.stages import Links, Method, Paper, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
 
@@ -53,16 +55,10 @@ class MustDrop(Method):
     tags = frozenset({"adaptive", "merges", "needs_grid"})
     positions = "compact"
 
-    window: int = 3
+    window: Annotated[int, Within("[2, inf)")] = 3
     threshold: float = 0.8
     key_share: float = 0.08
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "variant", ("paper", "reference"))
-        if self.window < 2:
-            raise SpecError(f"window={self.window} of method 'mustdrop': at least 2 patches along each edge.")
+    variant: Variant = "paper"
 
     def stages(self) -> tuple[Stage, ...]:
         return (Stage(Site("tower", 0), self.filter, self.correlate, self.compress),)

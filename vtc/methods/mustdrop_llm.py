@@ -1,15 +1,16 @@
 """MustDrop, the parts in the LLM: filter by two thresholds between layers, and cut early caches after the prefill."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
 from vtc.methods.mustdrop import MustDrop, dual_attention
+from vtc.options import Ascending, Depth, OneOf, Share, layer_at
 from vtc.primitives import at_most, geometric_pace, instruction, keep_where, ranks, settled
 from vtc.registry import register
-from vtc.stages import Drop, Method, Schedule, Signal, Site, Stage, check_ascending, check_choice, layer_or_share
+from vtc.stages import Drop, Method, Schedule, Signal, Site, Stage
 from vtc.tokens import Budget, Tokens
 
 #: behind layers 2, 6, 10 and 14 of 32
@@ -58,22 +59,13 @@ class MustDropLLM(Method):
     positions = "renumber"
     at = "layers"
 
-    layers: tuple[int | float, ...] = ()
-    evict: int | float = 2 / 32
+    layers: Annotated[tuple[int | float, ...], Ascending()] = ()
+    evict: Annotated[int | float, Depth(or_zero=True)] = 2 / 32
     global_threshold: float = 0.001
     individual_threshold: float = 0.001
-    key_share: float = 0.08
-    key: str = "cls"
+    key_share: Share = 0.08
+    key: Annotated[str, OneOf(*KEYS, "none")] = "cls"
     key_layer: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ascending(self, "layers")
-        check_choice(self, "key", (*KEYS, "none"))
-        if self.evict:
-            layer_or_share(self, "evict")
-        if not 0.0 <= self.key_share <= 1.0:
-            raise SpecError(f"key_share={self.key_share} of method {self.slug!r}: a share in [0, 1].")
 
     def stages(self) -> tuple[Stage, ...]:
         sites = self.layers or DEPTHS
@@ -81,7 +73,7 @@ class MustDropLLM(Method):
         signals = [Signal(name) for name in names]
         if self.key != "none":
             signals += [Signal("visual_embeds"), Signal(KEYS[self.key], layer=self.key_layer)]
-        evicts = Drop(layer_or_share(self, "evict")) if self.evict else Drop()
+        evicts = Drop(layer_at(self.evict)) if self.evict else Drop()
         last = len(sites) - 1
         return tuple(
             Stage(

@@ -1,12 +1,13 @@
 """PACT: prune unimportant tokens, cluster the others by density within a distance bound, take back what fits."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
 from vtc.kernels import cosine_match
+from vtc.options import Within
 from vtc.primitives import density_centers, keep_where, mean_merge, settled, slot_of, take_rows, topk_keep
 from vtc.registry import register
 from vtc.stages import Links, Method, Paper, Signal, Site, Stage
@@ -59,15 +60,10 @@ class PACT(Method):
     at = "layer"
 
     layer: int = 4
-    keep: float = 0.55
+    keep: Annotated[float, Within("(0, 1]", "a share of the tokens")] = 0.55
     cutoff: float = 0.21
     retrieve: float = 1.5
     spread: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 < self.keep <= 1.0:
-            raise SpecError(f"keep={self.keep} of method 'pact': a share of the tokens in (0, 1].")
 
     def stages(self) -> tuple[Stage, ...]:
         signals = (Signal("global_attention"), Signal("layer_keys"))

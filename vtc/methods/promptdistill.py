@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, avg_pool2d
 
 from vtc.errors import InputError, SpecError
+from vtc.options import Ascending, OneOf, Variant
 from vtc.primitives import geometric_pace, topk_keep
 from vtc.registry import register
-from vtc.stages import Drop, Method, Paper, Schedule, Signal, Site, Stage, check_ascending, check_choice
+from vtc.stages import Drop, Method, Paper, Schedule, Signal, Site, Stage
 from vtc.tokens import Budget, Tokens
 
 #: behind layer 13 of 32
@@ -61,17 +63,14 @@ class PromptDistill(Method):
     tags = frozenset({"query_aware"})
     at = "layers"
 
-    layers: tuple[int, ...] = ()
+    layers: Annotated[tuple[int, ...], Ascending()] = ()
     counts: tuple[int, ...] = ()
-    pool: str = "line"
+    pool: Annotated[str, OneOf("line", "grid", "none")] = "line"
     truncate_cache: int = 0
-    variant: str = "paper"
+    variant: Variant = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ascending(self, "layers")
-        check_choice(self, "pool", ("line", "grid", "none"))
-        check_choice(self, "variant", ("paper", "reference"))
         number = len(self.layers or (DEPTH,))
         if self.counts and (len(self.counts) != number or any(count < 1 for count in self.counts)):
             raise SpecError(

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
 from vtc.kernels import attention_rows, cosine_match
+from vtc.options import AtLeastOne, Score, Variant
 from vtc.primitives import ascending, take_rows
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Links, Method, Paper, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
 
@@ -59,17 +59,10 @@ class PruMerge(Method):
     plus: ClassVar[bool] = False
 
     adaptive: bool = True
-    neighbours: int = 32
+    neighbours: AtLeastOne = 32
     layer: int = 1
-    score: str = "cls"
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "score", ("cls", "received"))
-        check_choice(self, "variant", ("paper", "reference"))
-        if self.neighbours < 1:
-            raise SpecError(f"neighbours={self.neighbours} of method {self.slug!r}: use 1 or more.")
+    score: Score = "cls"
+    variant: Variant = "paper"
 
     def stages(self) -> tuple[Stage, ...]:
         names = ("cls_query", "keys") if self.score == "cls" else ("received_attention", "keys")

@@ -1,13 +1,15 @@
 """PyramidDrop: at the end of each stage of the LLM, drop the tokens that the prompt's last token ignores."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
-from vtc.errors import BudgetError, SpecError
+from vtc.errors import BudgetError
+from vtc.options import Ascending, OneOf, Within
 from vtc.primitives import geometric_pace, topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Schedule, Signal, Site, Stage, check_ascending, check_choice
+from vtc.stages import Method, Paper, Schedule, Signal, Site, Stage
 from vtc.tokens import Budget, Tokens
 
 #: after layers 8, 16 and 24 of 32
@@ -54,16 +56,9 @@ class PyramidDrop(Method):
     at = "layers"
     defaults = {"llava": 0.125}  # paper: four stages, ratio 0.5
 
-    layers: tuple[int, ...] = ()
-    ratio: float = 0.0
-    convention: str = "final"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ascending(self, "layers")
-        check_choice(self, "convention", ("final", "average"))
-        if not 0.0 <= self.ratio < 1.0:
-            raise SpecError(f"ratio={self.ratio} of method {self.slug!r}: a share in (0, 1), or 0 for the budget's.")
+    layers: Annotated[tuple[int, ...], Ascending()] = ()
+    ratio: Annotated[float, Within("[0, 1)", "a share, or 0 for the budget's,")] = 0.0
+    convention: Annotated[str, OneOf("final", "average")] = "final"
 
     def stages(self) -> tuple[Stage, ...]:
         sites = [Site("layer", layer) for layer in self.layers or DEPTHS]

@@ -3,13 +3,14 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vtc.errors import SpecError
+from vtc.options import Ascending, OneOf, Variant, Within
 from vtc.primitives import (
     density_peaks,
     geometric_pace,
@@ -25,7 +26,7 @@ from vtc.primitives import (
     valid_prefix,
 )
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Schedule, Signal, Site, Stage, check_ascending, check_choice
+from vtc.stages import Links, Method, Paper, Schedule, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens
 
@@ -96,24 +97,19 @@ class SparseVLM(Method):
 
     lists: ClassVar[Lists] = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 
-    layers: tuple[int, ...] = ()
+    layers: Annotated[tuple[int, ...], Ascending()] = ()
     counts: tuple[int, ...] = ()
-    convention: str = "average"
-    rule: str = "schedule"
+    convention: Annotated[str, OneOf("average", "final")] = "average"
+    rule: Annotated[str, OneOf("schedule", "rank")] = "schedule"
     scale: float = 13.5
     bias: float = 0.0
-    recycle: float = 0.3
-    clusters: float = 0.1
-    place: str = "end"
-    variant: str = "paper"
+    recycle: Annotated[float, Within("[0, 1)", "a share")] = 0.3
+    clusters: Annotated[float, Within("[0, 1)", "a share")] = 0.1
+    place: Annotated[str, OneOf("end", "own")] = "end"
+    variant: Variant = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "variant", ("paper", "reference"))
-        check_choice(self, "convention", ("average", "final"))
-        check_choice(self, "rule", ("schedule", "rank"))
-        check_choice(self, "place", ("end", "own"))
-        check_ascending(self, "layers")
         cuts = len(self.layers or DEPTHS)
         if self.counts and (len(self.counts) != cuts or any(count < 1 for count in self.counts)):
             raise SpecError(
@@ -124,9 +120,6 @@ class SparseVLM(Method):
                 f"layers={self.layers} of method {self.slug!r}: the published lists have {len(DEPTHS)} cuts. Use "
                 "convention='final' (an equal share of what is left at each cut), or counts."
             )
-        for name in ("recycle", "clusters"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise SpecError(f"{name}={getattr(self, name)} of method {self.slug!r}: a share in [0, 1).")
         follows = {"adaptive": self.rule == "rank", "merges": self.recycle > 0}
         object.__setattr__(self, "tags", self.tags | {tag for tag, holds in follows.items() if holds})
 
@@ -310,17 +303,10 @@ class SparseVLMPlus(SparseVLM):
 
     lists: ClassVar[Lists] = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
 
-    recycle: float = 0.0
+    recycle: Annotated[float, Within("[0, 1)", "a share")] = 0.0
     gravity: bool = True
-    heads: int = 14
-    floor: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.heads < 0:
-            raise SpecError(f"heads={self.heads} of method {self.slug!r}: a number from 0 (all) on.")
-        if not 0.0 < self.floor <= 1.0:
-            raise SpecError(f"floor={self.floor} of method {self.slug!r}: a share in (0, 1].")
+    heads: Annotated[int, Within("[0, inf)", "a number, or 0 for all,")] = 14
+    floor: Annotated[float, Within("(0, 1]", "a share")] = 0.1
 
     @property
     def _attention(self) -> tuple[str, ...]:

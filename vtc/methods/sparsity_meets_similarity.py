@@ -1,15 +1,16 @@
 """Sparsity Meets Similarity: cut sorted similarities, to [CLS] and then to the text, where the long tail begins."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from vtc.errors import SpecError
+from vtc.options import AtLeastOne, OneOf, Within
 from vtc.primitives import instruction, keep_where, ranks, settled
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 NEIGHBOURS = 10
@@ -62,26 +63,12 @@ class SparsityMeetsSimilarity(Method):
     tags = frozenset({"adaptive", "query_aware", "permutation_equivariant"})
     positions = "compact"
 
-    inflection: str = "kneedle"
-    similarity: str = "attention"
-    least: int = 1
-    stage: str = "both"
-    relevance: str = "max"
-    second_ratio: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "inflection", ("kneedle", "maxdiff2", "lof"))
-        check_choice(self, "similarity", tuple(SIGNALS))
-        if self.least < 1:
-            raise SpecError(f"least={self.least} of method '{self.slug}': at least 1 token must stay.")
-        check_choice(self, "stage", ("both", "1", "2"))
-        check_choice(self, "relevance", ("max", "mean"))
-        if not 0.0 <= self.second_ratio <= 1.0:
-            raise SpecError(
-                f"second_ratio={self.second_ratio} of method '{self.slug}': a share in (0, 1], or 0 for the inflection "
-                "point."
-            )
+    inflection: Annotated[str, OneOf("kneedle", "maxdiff2", "lof")] = "kneedle"
+    similarity: Annotated[str, OneOf(*SIGNALS)] = "attention"
+    least: AtLeastOne = 1
+    stage: Annotated[str, OneOf("both", "1", "2")] = "both"
+    relevance: Annotated[str, OneOf("max", "mean")] = "max"
+    second_ratio: Annotated[float, Within("[0, 1]", "a share, or 0 for the inflection point,")] = 0.0
 
     def stages(self) -> tuple[Stage, ...]:
         first = Stage(Site("tower_out"), self.filter, None, settled(), (Signal(SIGNALS[self.similarity]),))

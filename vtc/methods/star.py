@@ -1,15 +1,16 @@
 """STAR: drop before the LLM what other visual tokens ignore, and in a layer what the text does not resemble."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
 from vtc.kernels import attention_rows, received_attention
+from vtc.options import Depth, OneOf, Within, layer_at
 from vtc.primitives import instruction, topk_keep
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice, layer_or_share
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -48,20 +49,13 @@ class STAR(Method):
     positions = "compact"
     at = "layer"
 
-    layer: int | float = 0.5
-    share: float = 0.5
-    relevance: str = "softmax"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "relevance", ("softmax", "logits"))
-        layer_or_share(self, "layer")
-        if not 0.0 < self.share < 1.0:
-            raise SpecError(f"share={self.share} of method {self.slug!r}: a number between 0 and 1.")
+    layer: Annotated[int | float, Depth()] = 0.5
+    share: Annotated[float, Within("(0, 1)", "a share")] = 0.5
+    relevance: Annotated[str, OneOf("softmax", "logits")] = "softmax"
 
     def stages(self) -> tuple[Stage, ...]:
         names = ("normed_states", "text_states", "text_after")
-        site = Site("layer", layer_or_share(self, "layer"))
+        site = Site("layer", layer_at(self.layer))
         return (
             Stage(Site("llm_in"), self.by_vision, schedule=self.between),
             Stage(site, self.by_text, signals=tuple(Signal(name) for name in names), pool="sample"),

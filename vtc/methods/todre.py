@@ -1,15 +1,17 @@
 """ToDRE: keep tokens that are unlike each other, and late in the LLM none at all, once the text is done with them."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vtc.kernels import farthest_point, max_sum
+from vtc.options import Depth, OneOf, layer_at
 from vtc.primitives import ascending, instruction, keep_where, settled, valid_prefix
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice, layer_or_share
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Budget, Tokens
 
 
@@ -56,28 +58,21 @@ class ToDRE(Method):
     )
     tags = frozenset({"adaptive", "query_aware", "drops_all"})
 
-    objective: str = "max_sum"
-    pivot: str = "cls"
+    objective: Annotated[str, OneOf("max_sum", "k_center")] = "max_sum"
+    pivot: Annotated[str, OneOf("cls", "random", "nearest", "farthest")] = "cls"
     thumbnail: bool = True
     layer: int = 1
     seed: int = 0
-    stage: str = "both"
+    stage: Annotated[str, OneOf("both", "1", "2")] = "both"
     tau: float = 0.1
-    probe: int | float = 7 / 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "objective", ("max_sum", "k_center"))
-        check_choice(self, "pivot", ("cls", "random", "nearest", "farthest"))
-        check_choice(self, "stage", ("both", "1", "2"))
-        layer_or_share(self, "probe")
+    probe: Annotated[int | float, Depth()] = 7 / 8
 
     def stages(self) -> tuple[Stage, ...]:
         signals = (Signal("cls_attention", layer=self.layer),) if self.pivot == "cls" else ()
         first = Stage(Site("llm_in"), self.filter, signals=signals)
         names = ("text_attention", "attention_to_text", "text_after")
         second = Stage(
-            Site("layer", layer_or_share(self, "probe")),
+            Site("layer", layer_at(self.probe)),
             self.needed,
             None,
             settled(),

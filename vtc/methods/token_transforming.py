@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vtc.errors import SpecError
 from vtc.kernels import cosine_match
+from vtc.options import AtLeastOne, Positive
 from vtc.primitives import rest_of, size_weighted_merge, take_rows, topk_keep
 from vtc.registry import register
 from vtc.stages import Drop, Links, Method, Paper, Signal, Site, Stage, Weigh
@@ -51,8 +52,8 @@ class TokenTransforming(Method):
     tags = frozenset({"merges"})
 
     blocks: tuple[float, ...] = (0.25, 0.5, 0.75)
-    spread: int = 4
-    temperature: float = 0.1
+    spread: AtLeastOne = 4
+    temperature: Positive = 0.1
     proportional: bool = True
 
     def __post_init__(self) -> None:
@@ -60,10 +61,6 @@ class TokenTransforming(Method):
         if not self.blocks or list(self.blocks) != sorted(set(self.blocks)):
             raise SpecError(
                 f"blocks={self.blocks} of method {self.slug!r}: ascending shares of the depth, e.g. 0.25|0.5."
-            )
-        if self.spread < 1 or self.temperature <= 0:
-            raise SpecError(
-                f"spread={self.spread}, temperature={self.temperature} of method {self.slug!r}: from 1 on, and above 0."
             )
 
     def stages(self) -> tuple[Stage, ...]:

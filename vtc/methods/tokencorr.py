@@ -1,15 +1,16 @@
 """TokenCorr: tokens sampled by early [CLS], more where patterns repeat less, and the outliers of deep [CLS]."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
 from vtc.kernels import similarity_degree
+from vtc.options import AtLeastOne, OneOf
 from vtc.primitives import at_most, keep_where, quantile, ranks, seeded_uniform, settled
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -49,17 +50,11 @@ class TokenCorr(Method):
     positions = "compact"
 
     threshold: float = 0.7
-    repeats: int = 1
+    repeats: AtLeastOne = 1
     low: int = 0
     outlier: float = 1.5
-    sample: str = "random"
+    sample: Annotated[str, OneOf("random", "top")] = "random"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "sample", ("random", "top"))
-        if self.repeats < 1:
-            raise SpecError(f"repeats={self.repeats} of method 'tokencorr': use 1 or more.")
 
     def stages(self) -> tuple[Stage, ...]:
         signals = (Signal("low_keys", layer=self.low), Signal("cls_attention_layers"), Signal("cls_attention"))

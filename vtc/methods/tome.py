@@ -1,12 +1,13 @@
 """ToMe: merge the most similar tokens of every block of the vision tower."""
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
 from vtc.kernels import bipartite_match
+from vtc.options import Count, Within
 from vtc.primitives import bipartite_keep, bipartite_links, linear_counts, linear_pace, size_weighted_merge
 from vtc.registry import register
 from vtc.stages import Drop, Links, Method, Paper, Repeat, Signal, Site, Stage, Weigh
@@ -45,19 +46,10 @@ class ToMe(Method):
     tags = frozenset({"merges"})
     at = "first"
 
-    first: int = 0
-    r: int = 0
-    inflection: float = 0.0
+    first: Count = 0
+    r: Count = 0
+    inflection: Annotated[float, Within("[-1, 1]")] = 0.0
     proportional: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.first < 0 or self.r < 0:
-            raise SpecError(f"first={self.first}, r={self.r} of method 'tome': numbers from 0 on.")
-        if not -1.0 <= self.inflection <= 1.0:
-            raise SpecError(
-                f"inflection={self.inflection} of method 'tome': from -1 (falling to 0) to 1 (rising from 0)."
-            )
 
     def stages(self) -> tuple[Stage, ...]:
         signals = (Signal("keys"), Signal("sizes"))

@@ -1,14 +1,16 @@
 """TopV-style pruning: the tokens of cheapest transport from what enters a layer to what its MLP reads."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from vtc.errors import InputError, SpecError
+from vtc.errors import InputError
+from vtc.options import OneOf, Positive, Within
 from vtc.primitives import keep_where, ranks
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Layout, Tokens
 
 #: Sinkhorn iterations of the paper
@@ -67,21 +69,11 @@ class TopV(Method):
     alpha: float = 1.0
     beta: float = 1.0
     gamma: float = 0.01
-    sigma: float = 10.0
-    epsilon: float = 0.1
-    marginals: str = "uniform"
-    importance: str = "cost"
-    recover: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "marginals", ("uniform", "norm"))
-        check_choice(self, "importance", ("cost", "max"))
-        for name in ("sigma", "epsilon"):
-            if getattr(self, name) <= 0:
-                raise SpecError(f"{name}={getattr(self, name)} of method {self.slug!r}: a number above 0.")
-        if not 0.0 <= self.recover < 1.0:
-            raise SpecError(f"recover={self.recover} of method {self.slug!r}: a share in [0, 1).")
+    sigma: Positive = 10.0
+    epsilon: Positive = 0.1
+    marginals: Annotated[str, OneOf("uniform", "norm")] = "uniform"
+    importance: Annotated[str, OneOf("cost", "max")] = "cost"
+    recover: Annotated[float, Within("[0, 1)", "a share")] = 0.2
 
     def stages(self) -> tuple[Stage, ...]:
         signals = (Signal("layer_input"), Signal("mlp_input"))

@@ -1,14 +1,15 @@
 """VisionZip: dominant tokens by [CLS] attention, the rest merged into a few contextual tokens."""
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
+from vtc.options import Score, Variant, Within
 from vtc.primitives import add_mean, assign_nearest, join_keep, mean_merge, rest_of, topk_keep, valid_prefix
 from vtc.registry import register
-from vtc.stages import Links, Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Links, Method, Paper, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
 
@@ -44,16 +45,9 @@ class VisionZip(Method):
     positions = "compact"
     defaults = {"llava": 64}  # published settings: 192, 128, 64
 
-    contextual: float = 10 / 64
-    score: str = "cls"
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "variant", ("paper", "reference"))
-        check_choice(self, "score", ("cls", "received"))
-        if not 0.0 <= self.contextual < 1.0:
-            raise SpecError(f"contextual={self.contextual} of method 'visionzip': a share of the budget in [0, 1).")
+    contextual: Annotated[float, Within("[0, 1)", "a share of the budget")] = 10 / 64
+    score: Score = "cls"
+    variant: Variant = "paper"
 
     def stages(self) -> tuple[Stage, ...]:
         scores = ("cls_attention", "cls_hidden") if self.score == "cls" else ("received_attention",)

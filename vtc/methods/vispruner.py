@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.errors import SpecError
+from vtc.options import Score, Share
 from vtc.primitives import ascending, distinct_of, join_keep, valid_prefix
 from vtc.registry import register
-from vtc.stages import Method, Paper, Signal, Site, Stage, check_choice
+from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
 
@@ -47,14 +47,8 @@ class VisPruner(Method):
     positions = "compact"
     defaults = {"llava": 128}  # project page: 128, 64, 32
 
-    important: float = 0.5
-    score: str = "cls"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "score", ("cls", "received"))
-        if not 0.0 <= self.important <= 1.0:
-            raise SpecError(f"important={self.important} of method 'vispruner': a share of the budget in [0, 1].")
+    important: Share = 0.5
+    score: Score = "cls"
 
     @property
     def signal(self) -> str:
