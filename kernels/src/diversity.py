@@ -12,7 +12,8 @@ The K steps recompute one row of similarities each (O(K N D)); no N x N matrix i
 twice the input.
 """
 
-from typing import Any, no_type_check
+from collections.abc import Callable
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -69,7 +70,7 @@ def max_min(
     >>> max_min(x, 1, initial=torch.tensor([[True, False, False]])).tolist()
     [[2]]
     """
-    return _select(x, k, mask, start, initial, weight, bonus, False, impl)
+    return _select(x, Selection(k, mask, start, initial, weight, bonus, is_sum=False), impl)
 
 
 def max_sum(
@@ -88,27 +89,51 @@ def max_sum(
     >>> max_sum(torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]]), 2, start=torch.tensor([1])).tolist()
     [[1, 0]]
     """
-    return _select(x, k, mask, start, initial, weight, bonus, True, impl)
+    return _select(x, Selection(k, mask, start, initial, weight, bonus, is_sum=True), impl)
 
 
-def _select(
-    x: Tensor,
-    k: int,
-    mask: Tensor | None,
-    start: Tensor | None,
-    initial: Tensor | None,
-    weight: Tensor | None,
-    bonus: Tensor | None,
-    is_sum: bool,
-    impl: str | None,
-) -> Tensor:
-    if k < 0:
-        raise ValueError(f"k={k} for a diverse selection: it must be 0 or more.")
-    if start is not None and initial is not None:
+class Selection(NamedTuple):
+    """What is asked of the tokens: the arguments above, and whether distances to S are summed (or the least counts)."""
+
+    k: int
+    mask: Tensor | None
+    start: Tensor | None
+    initial: Tensor | None
+    weight: Tensor | None
+    bonus: Tensor | None
+    is_sum: bool
+
+    def valid(self, x: Tensor) -> Tensor:
+        """Which tokens take part, bool [B, N]."""
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if self.mask is None else self.mask
+
+    def available(self, valid: Tensor) -> Tensor:
+        """Which tokens may be picked, bool [B, N]."""
+        return valid if self.initial is None else valid & ~self.initial
+
+    def selected(self, valid: Tensor) -> Tensor:
+        """S before the first pick, bool [B, N]."""
+        return torch.zeros_like(valid) if self.initial is None else self.initial & valid
+
+    def objective(self, distance: Tensor) -> Tensor:
+        """What the next pick is the largest of, [B, N]."""
+        if self.weight is not None:
+            distance = distance * self.weight
+        return distance if self.bonus is None else distance + self.bonus
+
+    def joined(self, distance: Tensor, row: Tensor) -> Tensor:
+        """Distance to S once the token at the distances `row` is in it."""
+        return distance + row if self.is_sum else torch.minimum(distance, row)
+
+
+def _select(x: Tensor, wanted: Selection, impl: str | None) -> Tensor:
+    if wanted.k < 0:
+        raise ValueError(f"k={wanted.k} for a diverse selection: it must be 0 or more.")
+    if wanted.start is not None and wanted.initial is not None:
         raise ValueError("start and initial both say where a diverse selection begins: give one of them.")
     if impl == "reference":
-        return reference(x, k, mask, start, initial, weight, bonus, is_sum)
-    picks: Tensor = _operator(x, k, mask, start, initial, weight, bonus, is_sum, impl)
+        return reference(x, wanted)
+    picks: Tensor = _operator(x, *wanted, impl)
     return picks
 
 
@@ -119,34 +144,25 @@ def cost(batch: int, num_tokens: int, width: int, k: int, *, is_seeded: bool, is
     return Cost(flops, batch * num_tokens * width * itemsize * (k + 1))
 
 
-def reference(
-    x: Tensor,
-    k: int,
-    mask: Tensor | None,
-    start: Tensor | None,
-    initial: Tensor | None,
-    weight: Tensor | None,
-    bonus: Tensor | None,
-    is_sum: bool,
-) -> Tensor:
+def reference(x: Tensor, wanted: Selection) -> Tensor:
     """The definition, with the whole similarity matrix."""
     unit = normalise(x)
     similarity = unit @ unit.transpose(1, 2)
-    valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-    selected = torch.zeros_like(valid) if initial is None else initial & valid
+    valid = wanted.valid(x)
+    selected = wanted.selected(valid)
     others = ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     available = valid & ~selected
-    picks = torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device)
-    for step in range(min(k, x.shape[1])):
+    picks = torch.full((x.shape[0], wanted.k), -1, dtype=torch.int64, device=x.device)
+    for step in range(min(wanted.k, x.shape[1])):
         seen = torch.where(selected.any(dim=-1, keepdim=True), selected, valid)
         seen = seen[:, None] & others
-        if is_sum:
+        if wanted.is_sum:
             distance = torch.where(seen, 1 - similarity, 0.0).sum(dim=-1)
         else:
             distance = 1 - similarity.masked_fill(~seen, -1.0).amax(dim=-1)
-        objective = _objective(distance, weight, bonus)
-        if step == 0 and start is not None:
-            objective = torch.nn.functional.one_hot(start, x.shape[1]).to(unit.dtype)
+        objective = wanted.objective(distance)
+        if step == 0 and wanted.start is not None:
+            objective = torch.nn.functional.one_hot(wanted.start, x.shape[1]).to(unit.dtype)
         best, pick = objective.masked_fill(~available, float("-inf")).max(dim=-1)
         found = best > float("-inf")
         picks[:, step] = torch.where(found, pick, -1)
@@ -155,34 +171,16 @@ def reference(
     return picks
 
 
-def _objective(distance: Tensor, weight: Tensor | None, bonus: Tensor | None) -> Tensor:
-    if weight is not None:
-        distance = distance * weight
-    return distance if bonus is None else distance + bonus
-
-
-def _torch(
-    x: Tensor,
-    k: int,
-    mask: Tensor | None,
-    start: Tensor | None,
-    initial: Tensor | None,
-    weight: Tensor | None,
-    bonus: Tensor | None,
-    is_sum: bool,
-) -> Tensor:
+def _torch(x: Tensor, wanted: Selection) -> Tensor:
     batch, num_tokens = x.shape[:2]
-    picks = torch.full((batch, k), -1, dtype=torch.int64, device=x.device)
-    steps = min(k, num_tokens)
+    picks = torch.full((batch, wanted.k), -1, dtype=torch.int64, device=x.device)
+    steps = min(wanted.k, num_tokens)
     if steps == 0 or batch == 0:
         return picks
     inverse = inverse_norm(x)
-    valid = torch.ones((batch, num_tokens), dtype=torch.bool, device=x.device) if mask is None else mask
-    available = valid.clone() if initial is None else valid & ~initial
-    distance, is_open = _seed(x, inverse, valid, start, initial, is_sum)
-    objective = _objective(distance, weight, bonus)
-    if start is not None:
-        objective = (torch.arange(num_tokens, device=x.device) == start[:, None]).to(inverse.dtype)
+    valid = wanted.valid(x)
+    available = wanted.available(valid).clone()
+    distance, is_open, objective = _seed(x, inverse, valid, wanted, linear_similarity, _nearest)
     for step in range(steps):
         best, pick = objective.masked_fill(~available, float("-inf")).max(dim=-1)
         picks[:, step] = torch.where(best > float("-inf"), pick, -1)
@@ -190,25 +188,37 @@ def _torch(
         if step + 1 == steps:
             break
         row = 1 - cosine_to(x, inverse, pick)
-        joined = distance + row if is_sum else torch.minimum(distance, row)
+        joined = wanted.joined(distance, row)
         distance = torch.where(is_open, row, joined) if step == 0 else joined
-        objective = _objective(distance, weight, bonus)
+        objective = wanted.objective(distance)
     return picks
 
 
 def _seed(
-    x: Tensor, inverse: Tensor, valid: Tensor, start: Tensor | None, initial: Tensor | None, is_sum: bool
-) -> tuple[Tensor, Tensor]:
-    """Distance of every token to S before the first pick, and whether S was empty (the first row then replaces it)."""
-    empty = torch.ones((x.shape[0], 1), dtype=torch.bool, device=x.device)
-    if start is not None:
-        return torch.zeros_like(inverse), empty
-    selected = torch.zeros_like(valid) if initial is None else initial & valid
+    x: Tensor,
+    inverse: Tensor,
+    valid: Tensor,
+    wanted: Selection,
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor],
+    nearest: Callable[[Tensor, Tensor, Tensor, bool], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distance of every token to S before the first pick, whether S was empty, and what the first pick goes by.
+
+    Where S was empty, the first row replaces the distances. `linear` sums the similarities to a weighted set of tokens,
+    `nearest` is `_nearest`.
+    """
+    if wanted.start is not None:
+        empty = torch.ones((x.shape[0], 1), dtype=torch.bool, device=x.device)
+        is_start = torch.arange(x.shape[1], device=x.device) == wanted.start[:, None]
+        return torch.zeros_like(inverse), empty, is_start.to(inverse.dtype)
+    selected = wanted.selected(valid)
     is_open = ~selected.any(dim=-1, keepdim=True)
     seen = torch.where(is_open, valid, selected)
-    if is_sum:
-        return _summed_distance(linear_similarity(x, inverse, seen.to(inverse.dtype)), inverse, seen), is_open
-    return 1 - _nearest(x, inverse, seen, initial is None), is_open
+    if wanted.is_sum:
+        distance = _summed_distance(linear(x, inverse, seen.to(inverse.dtype)), inverse, seen)
+    else:
+        distance = 1 - nearest(x, inverse, seen, wanted.initial is None)
+    return distance, is_open, wanted.objective(distance)
 
 
 def _summed_distance(similarity: Tensor, inverse: Tensor, seen: Tensor) -> Tensor:
@@ -342,32 +352,21 @@ def _step_kernel(
     tl.store(pick_out + blocks_at + block, block * BLOCK + at)
 
 
-def _triton(
-    x: Tensor,
-    k: int,
-    mask: Tensor | None,
-    start: Tensor | None,
-    initial: Tensor | None,
-    weight: Tensor | None,
-    bonus: Tensor | None,
-    is_sum: bool,
-) -> Tensor:
+def _triton(x: Tensor, wanted: Selection) -> Tensor:
     batch, num_tokens, width = x.shape
+    k, weight, bonus = wanted.k, wanted.weight, wanted.bonus
     steps = min(k, num_tokens)
     if steps == 0 or x.numel() == 0:
-        return _torch(x, k, mask, start, initial, weight, bonus, is_sum)
+        return _torch(x, wanted)
     inverse = inverse_norm_triton(x)
-    valid = torch.ones((batch, num_tokens), dtype=torch.bool, device=x.device) if mask is None else mask
-    available = valid if initial is None else valid & ~initial
-    distance, is_open = _seed_triton(x, inverse, valid, start, initial, is_sum)
-    objective = _objective(distance, weight, bonus)
-    if start is not None:
-        objective = (torch.arange(num_tokens, device=x.device) == start[:, None]).to(torch.float32)
+    valid = wanted.valid(x)
+    available = wanted.available(valid)
+    distance, is_open, objective = _seed(x, inverse, valid, wanted, linear_triton, _nearest_triton)
     objective = objective.masked_fill(~available, float("-inf")).contiguous()
     picks = torch.full((batch, k), -1, dtype=torch.int64, device=x.device)
     free, opened = available.to(torch.int32), is_open.to(torch.int32)
     scores = [x if part is None else part.to(torch.float32).contiguous() for part in (weight, bonus)]
-    options = {"IS_SUM": is_sum, "HAS_WEIGHT": weight is not None, "HAS_BONUS": bonus is not None}
+    options = {"IS_SUM": wanted.is_sum, "HAS_WEIGHT": weight is not None, "HAS_BONUS": bonus is not None}
     if fits_one_launch(x):
         block = max(16, next_power_of_two(num_tokens))
         _one_launch_kernel[(batch,)](
@@ -418,20 +417,10 @@ def _triton(
     return picks
 
 
-def _seed_triton(
-    x: Tensor, inverse: Tensor, valid: Tensor, start: Tensor | None, initial: Tensor | None, is_sum: bool
-) -> tuple[Tensor, Tensor]:
-    """`_seed` with the fused kernels."""
-    empty = torch.ones((x.shape[0], 1), dtype=torch.bool, device=x.device)
-    if start is not None:
-        return torch.zeros_like(inverse), empty
-    selected = torch.zeros_like(valid) if initial is None else initial & valid
-    is_open = ~selected.any(dim=-1, keepdim=True)
-    seen = torch.where(is_open, valid, selected)
-    if is_sum:
-        return _summed_distance(linear_triton(x, inverse, seen.to(inverse.dtype)), inverse, seen), is_open
+def _nearest_triton(x: Tensor, inverse: Tensor, seen: Tensor, is_symmetric: bool) -> Tensor:
+    """`_nearest` with the fused kernel."""
     nearest, index = match_triton(x, x, seen, 1, skip_self=True)
-    return 1 - torch.where(index < 0, -1.0, nearest)[..., 0], is_open
+    return torch.where(index < 0, -1.0, nearest)[..., 0]
 
 
 def _fake(x: Tensor, k: int, *options: Any) -> Tensor:
@@ -457,4 +446,4 @@ def _operator(
     impl: str | None,
 ) -> Tensor:
     run = _triton if choose_path(x, impl).name == "triton" else _torch
-    return run(x, k, mask, start, initial, weight, bonus, is_sum)
+    return run(x, Selection(k, mask, start, initial, weight, bonus, is_sum))
