@@ -13,7 +13,7 @@ from torch import Tensor
 from vtc.adapter import Encoder
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import halves, tower_attention, tower_layers
+from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
 from vtc.tokens import Layout
 
@@ -27,24 +27,13 @@ class IdeficsAdapter(LlamaAdapter):
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
-        tower = self.inner.vision_model
-        last = tower_layers(tower)[-1]
         return (
-            Encoder(
-                modality="image",
-                method="get_image_features",
-                placeholder_id=self.model.config.image_token_id,
-                tower=tower,
+            vit_encoder(
+                self.inner.vision_model,
+                self.model.config.image_token_id,
                 features=self.inner.connector.modality_projection,
-                feature_layers=(last,),
-                attention=tower_attention(last),
-                num_prefix=0,
-                drops_prefix=True,
                 segments=unpadded,
                 pool=self._shuffle,
-                blocks=tuple(tower_layers(tower)),
-                attention_of=tower_attention,
-                halves=halves,
                 resize="the processor cuts its images into tiles of fixed size: hand smaller images to the processor",
             ),
         )

@@ -5,8 +5,45 @@ from typing import Any
 
 from torch import nn
 
-from vtc.adapter import Attention, Halves, Resize
+from vtc.adapter import Attention, Encoder, Halves, Resize
 from vtc.errors import UnsupportedModelError
+
+
+def vit_encoder(
+    tower: Any,
+    placeholder_id: int,
+    *,
+    features: nn.Module | None,
+    layer: int | Sequence[int] = -1,
+    drops_prefix: bool = True,
+    resize: Resize | str | None = None,
+    modality: str = "image",
+    **options: Any,
+) -> Encoder:
+    """The encoder of a CLIP- or SigLIP-shaped tower whose hidden states at `layer` become features.
+
+    `resize` None: patches become tokens one by one. `options` are further fields of `Encoder`, which describes all.
+
+    Raises:
+        UnsupportedModelError: the tower is of another shape, or has no such layer.
+    """
+    chosen, has_prefix = feature_layers(tower, layer), has_cls(tower)
+    return Encoder(
+        modality=modality,
+        method=f"get_{modality}_features",
+        placeholder_id=placeholder_id,
+        tower=tower,
+        features=features,
+        feature_layers=chosen,
+        attention=tower_attention(chosen[-1]),
+        num_prefix=int(has_prefix),
+        drops_prefix=drops_prefix,
+        blocks=tuple(tower_layers(tower)),
+        attention_of=tower_attention,
+        halves=halves,
+        resize=_interpolated(tower, has_prefix and not drops_prefix) if resize is None else resize,
+        **options,
+    )
 
 
 def tower_layers(tower: Any) -> nn.ModuleList:
@@ -45,13 +82,6 @@ def halves(layer: Any) -> Halves:
     return Halves(_attention(layer), layer.mlp)
 
 
-def interpolated(tower: Any, keeps_prefix: bool) -> Resize | str:
-    """How a tower whose patches become tokens one by one runs on a smaller image."""
-    if keeps_prefix:
-        return "[CLS] stays among its tokens, so that they are no grid"
-    return Resize(tower.config.patch_size)
-
-
 def has_cls(tower: Any) -> bool:
     """Whether the tower puts a [CLS] token in front of its patches."""
     return hasattr(tower.embeddings, "class_embedding") or hasattr(tower.embeddings, "cls_token")
@@ -72,6 +102,13 @@ def feature_layers(tower: Any, indices: int | Sequence[int]) -> tuple[nn.Module,
     """The blocks that `vision_feature_layer` names."""
     layers = tower_layers(tower)
     return tuple(feature_layer(layers, i) for i in ([indices] if isinstance(indices, int) else indices))
+
+
+def _interpolated(tower: Any, keeps_prefix: bool) -> Resize | str:
+    """How a tower whose patches become tokens one by one runs on a smaller image."""
+    if keeps_prefix:
+        return "[CLS] stays among its tokens, so that they are no grid"
+    return Resize(tower.config.patch_size)
 
 
 def _attention(layer: Any) -> Any:

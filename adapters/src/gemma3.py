@@ -11,7 +11,7 @@ from torch import Tensor
 from vtc.adapter import Attention, Encoder, register_adapter
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter, decoder_attention
-from vtc.adapters._vit import halves, tower_attention, tower_layers
+from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
 from vtc.tokens import Layout
 
@@ -32,23 +32,12 @@ class Gemma3Adapter(LlamaAdapter):
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
-        tower = self.inner.vision_tower
-        last = tower_layers(tower)[-1]
         return (
-            Encoder(
-                modality="image",
-                method="get_image_features",
-                placeholder_id=self.model.config.image_token_id,
-                tower=tower,
+            vit_encoder(
+                self.inner.vision_tower,
+                self.model.config.image_token_id,
                 features=None,
-                feature_layers=(last,),
-                attention=tower_attention(last),
-                num_prefix=0,
-                drops_prefix=True,
                 pool=self._average,
-                blocks=tuple(tower_layers(tower)),
-                attention_of=tower_attention,
-                halves=halves,
                 resize="its projector averages a fixed grid of patches",
             ),
         )

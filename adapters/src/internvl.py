@@ -12,7 +12,7 @@ from torch import Tensor
 from vtc.adapter import Encoder, Resize, register_adapter
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import feature_layers, halves, has_cls, tower_attention, tower_layers
+from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
 from vtc.tokens import Layout
 
@@ -27,24 +27,16 @@ class InternVLAdapter(LlamaAdapter):
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
-        config, tower = self.model.config, self.inner.vision_tower
-        chosen = feature_layers(tower, config.vision_feature_layer)
+        config = self.model.config
         return (
-            Encoder(
-                modality="image",
-                method="get_image_features",
-                placeholder_id=config.image_token_id,
-                tower=tower,
+            vit_encoder(
+                self.inner.vision_tower,
+                config.image_token_id,
                 features=self.inner.multi_modal_projector,
-                feature_layers=chosen,
-                attention=tower_attention(chosen[-1]),
-                num_prefix=int(has_cls(tower)),
+                layer=config.vision_feature_layer,
                 drops_prefix=config.vision_feature_select_strategy == "default",
                 pool=self._shuffle,
-                blocks=tuple(tower_layers(tower)),
-                attention_of=tower_attention,
-                halves=halves,
-                resize=Resize(self._block * tower.config.patch_size[0], flag=None, square=True),
+                resize=Resize(self._block * config.vision_config.patch_size[0], flag=None, square=True),
             ),
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtc.adapter import Encoder, Packing, register_adapter
 from vtc.adapters._layout import ragged_layout
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import feature_layers, halves, has_cls, tower_attention, tower_layers
+from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
 from vtc.tokens import Layout
 
@@ -37,21 +37,13 @@ class LlavaNextAdapter(LlamaAdapter):
     @property
     def image_encoder(self) -> Encoder:
         """How images are encoded."""
-        config, tower = self.model.config, self.inner.vision_tower
-        chosen = feature_layers(tower, config.vision_feature_layer)
-        return Encoder(
-            modality="image",
-            method="get_image_features",
-            placeholder_id=config.image_token_id,
-            tower=tower,
+        config = self.model.config
+        return vit_encoder(
+            self.inner.vision_tower,
+            config.image_token_id,
             features=self.inner.multi_modal_projector,
-            feature_layers=chosen,
-            attention=tower_attention(chosen[-1]),
-            num_prefix=int(has_cls(tower)),
+            layer=config.vision_feature_layer,
             drops_prefix=config.vision_feature_select_strategy == "default",
-            blocks=tuple(tower_layers(tower)),
-            attention_of=tower_attention,
-            halves=halves,
             resize="the processor cuts its images into tiles: hand smaller images to the processor",
         )
 

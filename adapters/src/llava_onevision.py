@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vtc.adapter import Encoder, Packing, register_adapter
 from vtc.adapters._layout import clip_shape, ragged_layout, raster
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import feature_layers, halves, has_cls, tower_attention, tower_layers
+from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
 from vtc.tokens import Layout
 
@@ -114,22 +114,15 @@ class LlavaOnevisionAdapter(LlamaAdapter):
         ]
 
     def _encoder(self, modality: str, placeholder: int, pool: Any) -> Encoder:
-        config, tower = self.model.config, self.inner.vision_tower
-        chosen = feature_layers(tower, config.vision_feature_layer)
-        return Encoder(
-            modality=modality,
-            method=f"get_{modality}_features",
-            placeholder_id=placeholder,
-            tower=tower,
+        config = self.model.config
+        return vit_encoder(
+            self.inner.vision_tower,
+            placeholder,
             features=None,
-            feature_layers=chosen,
-            attention=tower_attention(chosen[-1]),
-            num_prefix=int(has_cls(tower)),
+            layer=config.vision_feature_layer,
             drops_prefix=config.vision_feature_select_strategy == "default",
+            modality=modality,
             pool=pool,
-            blocks=tuple(tower_layers(tower)),
-            attention_of=tower_attention,
-            halves=halves,
             joins_tiles=modality == "image",
             resize="the processor cuts its images into tiles: hand smaller images to the processor",
         )

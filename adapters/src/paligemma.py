@@ -5,7 +5,7 @@ from typing import Any
 
 from vtc.adapter import Encoder, register_adapter
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import halves, interpolated, tower_attention, tower_layers
+from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
 from vtc.tokens import Layout
 
@@ -22,23 +22,11 @@ class PaliGemmaAdapter(LlamaAdapter):
 
     @property
     def encoders(self) -> tuple[Encoder, ...]:
-        tower = self.inner.vision_tower
-        last = tower_layers(tower)[-1]
         return (
-            Encoder(
-                modality="image",
-                method="get_image_features",
-                placeholder_id=self.model.config.image_token_id,
-                tower=tower,
+            vit_encoder(
+                self.inner.vision_tower,
+                self.model.config.image_token_id,
                 features=self.inner.multi_modal_projector,
-                feature_layers=(last,),
-                attention=tower_attention(last),
-                num_prefix=0,
-                drops_prefix=True,
-                blocks=tuple(tower_layers(tower)),
-                attention_of=tower_attention,
-                halves=halves,
-                resize=interpolated(tower, False),
             ),
         )
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vtc.adapter import Encoder, Packing, register_adapter
 from vtc.adapters._layout import clip_shape
 from vtc.adapters._llama import LlamaAdapter
-from vtc.adapters._vit import feature_layers, halves, has_cls, interpolated, tower_attention, tower_layers
+from vtc.adapters._vit import vit_encoder
 from vtc.adapters.llava_next_video import frame_packing
 from vtc.engine.host import names
 from vtc.tokens import Layout
@@ -58,19 +58,11 @@ class VideoLlavaAdapter(LlamaAdapter):
         return int(vision.image_size // vision.patch_size)
 
     def _encoder(self, modality: str, tower: nn.Module, placeholder: int, drops_prefix: bool) -> Encoder:
-        chosen = feature_layers(tower, self.model.config.vision_feature_layer)
-        return Encoder(
-            modality=modality,
-            method=f"get_{modality}_features",
-            placeholder_id=placeholder,
-            tower=tower,
+        return vit_encoder(
+            tower,
+            placeholder,
             features=self.inner.multi_modal_projector,
-            feature_layers=chosen,
-            attention=tower_attention(chosen[-1]),
-            num_prefix=int(has_cls(tower)),
+            layer=self.model.config.vision_feature_layer,
             drops_prefix=drops_prefix,
-            blocks=tuple(tower_layers(tower)),
-            attention_of=tower_attention,
-            halves=halves,
-            resize=interpolated(tower, not drops_prefix),
+            modality=modality,
         )
