@@ -1,12 +1,14 @@
 """FLOPs by formula against torch's counter, on every family: vision tower, projector, language model."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtc
-from vtc import flops
+from vtc import errors, flops
 from vtc.adapter import adapter_for
 from vtc.eval.bench.costs import observed_encoder
 from vtc.testing import families, tiny
@@ -55,3 +57,11 @@ def test_a_prompt_that_is_short_in_every_layer(family):
         report = handle.report
     assert report.flops < report.flops_dense
     assert encoder.tower + encoder.projector + report.flops == total
+
+
+def test_a_tower_whose_blocks_nobody_names_is_refused(monkeypatch):
+    adapter = adapter_for(tiny("llava").model)
+    unnamed = tuple(dataclasses.replace(encoder, blocks=()) for encoder in adapter.encoders)
+    monkeypatch.setattr(type(adapter), "encoders", unnamed)
+    with pytest.raises(errors.UnsupportedModelError, match="does not name the blocks"), observed_encoder(adapter):
+        pass

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter, Encoder
-from vtc.adapters._vit import tower_layers
 from vtc.engine.host import names
+from vtc.errors import UnsupportedModelError
 
 
 @dataclass
@@ -47,7 +47,16 @@ def is_part(module: nn.Module | None, whole: nn.Module) -> bool:
 
 @contextmanager
 def observed_encoder(adapter: Adapter) -> Iterator[EncoderFlops]:
-    """Add up the FLOPs of every encoder call inside the block; video towers included."""
+    """Add up the FLOPs of every encoder call inside the block; video towers included.
+
+    Raises:
+        UnsupportedModelError: the adapter does not name the blocks of a tower.
+    """
+    if not all(encoder.blocks for encoder in adapter.encoders):
+        raise UnsupportedModelError(
+            f"the adapter of {adapter.family} does not name the blocks of its tower, whose attention would be left out "
+            "of the FLOPs. Set Encoder(blocks=...)."
+        )
     total = EncoderFlops()
     watches: dict[tuple[nn.Module, str], Any] = {}
     for encoder in adapter.encoders:
@@ -58,8 +67,7 @@ def observed_encoder(adapter: Adapter) -> Iterator[EncoderFlops]:
                 if (module, "weights") not in watches:
                     watches[module, "weights"] = module.register_forward_hook(_weights(part, total))
         width = encoder.attention.num_heads * encoder.attention.head_dim
-        blocks = getattr(encoder.tower, "blocks", None)
-        for block in tower_layers(encoder.tower) if blocks is None else blocks:
+        for block in encoder.blocks:
             if (block, "attention") not in watches:
                 hook = block.register_forward_pre_hook(_attention(width, total), with_kwargs=True)
                 watches[block, "attention"] = hook
