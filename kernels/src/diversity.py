@@ -365,18 +365,15 @@ def _triton(x: Tensor, wanted: Selection) -> Tensor:
     objective = objective.masked_fill(~available, float("-inf")).contiguous()
     picks = torch.full((batch, k), -1, dtype=torch.int64, device=x.device)
     free, opened = available.to(torch.int32), is_open.to(torch.int32)
-    scores = [x if part is None else part.to(torch.float32).contiguous() for part in (weight, bonus)]
+    scores = (x if part is None else part.to(torch.float32).contiguous() for part in (weight, bonus))
+    state = (distance, opened, free, *scores, picks)
     options = {"IS_SUM": wanted.is_sum, "HAS_WEIGHT": weight is not None, "HAS_BONUS": bonus is not None}
     if fits_one_launch(x):
         block = max(16, next_power_of_two(num_tokens))
         _one_launch_kernel[(batch,)](
             gram_triton(x, inverse),
             objective,
-            distance,
-            opened,
-            free,
-            *scores,
-            picks,
+            *state,
             num_tokens,
             k,
             steps,
@@ -392,11 +389,7 @@ def _triton(x: Tensor, wanted: Selection) -> Tensor:
         _step_kernel[(num_blocks, batch)](
             x,
             inverse,
-            distance,
-            opened,
-            free,
-            *scores,
-            picks,
+            *state,
             best,
             pick,
             next_best,

@@ -271,17 +271,14 @@ def _greedy_triton(
     variance = (diagonal.clone() if mask is None else diagonal.masked_fill(~mask, float("-inf"))).contiguous()
     factors = torch.empty((batch, max(1, steps - 1), num_tokens), dtype=torch.float32, device=source.device)
     score = diagonal if quality is None else quality
+    state = (score, diagonal, variance, factors, picks)
     fits = num_tokens <= LARGEST_IN_REGISTERS if inverse is None else fits_one_launch(source)
     if fits:
         kernel = source if inverse is None else gram_triton(source, inverse)
         block = max(16, next_power_of_two(num_tokens))
         _one_launch_kernel[(batch,)](
             kernel,
-            score,
-            diagonal,
-            variance,
-            factors,
-            picks,
+            *state,
             num_tokens,
             k,
             steps,
@@ -299,11 +296,7 @@ def _greedy_triton(
         _step_kernel[(num_blocks, batch)](
             source,
             score if inverse is None else inverse,
-            score,
-            diagonal,
-            variance,
-            factors,
-            picks,
+            *state,
             best,
             pick,
             next_best,
