@@ -4,7 +4,7 @@ The recorded prompt is a matrix of embeddings with an image span. Here every tex
 embedding is the recorded row, and the image span goes in as encoded features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,17 +66,27 @@ def replay(
         model_type: of the LLM.
         text: fields of its config beside those read off the weights.
     """
+    embeds = case["inputs_embeds"][0] if "inputs_embeds" in case else case["x"]
+    weights = {name[2:].removeprefix("model."): case[name] for name in case.arrays if name[:2] in ("w.", "w_")}
+    model = _llava_of(weights, embeds.shape[1], round((span[1] - span[0]) ** 0.5), model_type, text)
+    text_rows = torch.cat([embeds[: span[0]], embeds[span[1] :], *(d.reshape(1, -1) for d in decode)])
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight[: len(text_rows)] = text_rows
+    before, after = span[0], len(embeds) - span[1]
+    ids = [*range(before), *[PLACEHOLDER] * (span[1] - span[0]), *range(before, before + after)]
+    steps = tuple(range(before + after, len(text_rows)))
+    return Replay(model, torch.tensor([ids]), embeds[span[0] : span[1]], steps)
+
+
+def _llava_of(weights: Mapping[str, Tensor], width: int, side: int, model_type: str, text: Mapping[str, Any]) -> Any:
+    """A LLaVA with side x side image tokens whose LLM has `weights`; its tower and its embeddings are random."""
     from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    embeds = case["inputs_embeds"][0] if "inputs_embeds" in case else case["x"]
-    side = round((span[1] - span[0]) ** 0.5)
-    weights = {name[2:].removeprefix("model."): case[name] for name in case.arrays if name[:2] in ("w.", "w_")}
-    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
     config = AutoConfig.for_model(
         model_type,
-        hidden_size=embeds.shape[1],
+        hidden_size=width,
         intermediate_size=weights["layers.0.mlp.gate_proj.weight"].shape[0],
-        num_hidden_layers=layers,
+        num_hidden_layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers.")),
         vocab_size=PLACEHOLDER + 1,
         pad_token_id=None,
         **text,
@@ -93,14 +103,7 @@ def replay(
         model = LlavaForConditionalGeneration(
             LlavaConfig(vision_config=vision, text_config=config, image_token_index=PLACEHOLDER)
         ).eval()
-    lm = model.model.language_model
-    missing, unexpected = lm.load_state_dict(weights, strict=False)
+    missing, unexpected = model.model.language_model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"embed_tokens.weight", "norm.weight"}, missing
-    text_rows = torch.cat([embeds[: span[0]], embeds[span[1] :], *(d.reshape(1, -1) for d in decode)])
-    with torch.no_grad():
-        lm.embed_tokens.weight[: len(text_rows)] = text_rows
-    before, after = span[0], len(embeds) - span[1]
-    ids = [*range(before), *[PLACEHOLDER] * (span[1] - span[0]), *range(before, before + after)]
-    steps = tuple(range(before + after, len(text_rows)))
-    return Replay(model, torch.tensor([ids]), embeds[span[0] : span[1]], steps)
+    return model

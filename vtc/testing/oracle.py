@@ -4,6 +4,7 @@ It shares no code with the engine: the stock model runs on all tokens, with expl
 the host itself hides or shows (padding, bidirectional image blocks, sliding windows) stays as it is.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -61,66 +62,79 @@ def masked_logits(
     lm: Any = adapter.language_model
     batch, length = inputs[names.INPUT_IDS].shape
     padding = inputs.get(names.ATTENTION_MASK, torch.ones(batch, length, dtype=torch.long)).bool()
-    counted = (padding.long().cumsum(1) - 1).clamp(min=0)
-    order = torch.arange(length)
-    causal = (order <= order[:, None]) & padding[:, None, None, :]
-    dtype = next(lm.parameters()).dtype
-    eager = names.attention_of(lm.config) == "eager"
-
-    def mask(layer: int, host: Tensor | None) -> Tensor:
-        shown = causal if host is None or host.dim() != 4 else host if host.dtype == torch.bool else host == 0
-        # a row may always look at itself, so that rows of dropped tokens stay finite; they are not compared
-        seen = visible(layer)
-        seen = seen[:, None, None, :] if seen.dim() == 2 else seen[:, None]
-        allowed = shown & seen | torch.eye(length, dtype=torch.bool)
-        if not eager and key_bias is None:
-            return allowed
-        given = key_bias(layer) if callable(key_bias) else key_bias
-        bias = 0.0 if given is None else given[:, None, None, :].to(dtype)
-        return (torch.zeros(allowed.shape, dtype=dtype) + bias).masked_fill(~allowed, torch.finfo(dtype).min)
-
-    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        given = kwargs.get(names.POSITION_IDS) if position_ids is None else position_ids
-        kwargs = {**kwargs, names.POSITION_IDS: counted if given is None else given}
-        if kwargs.get(names.ATTENTION_MASK) is None:
-            kwargs[names.ATTENTION_MASK] = padding.long()  # else gaps in the positions are read as packed sequences
-        if replace is not None:
-            embeds = kwargs[names.INPUTS_EMBEDS].clone()
-            embeds[replace[0]] = replace[1].to(embeds.dtype)
-            kwargs[names.INPUTS_EMBEDS] = embeds
-        return args, kwargs
-
-    def layer_hook(index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            changed = {names.ATTENTION_MASK: mask(index, kwargs.get(names.ATTENTION_MASK))}
-            if layer_positions is not None:
-                changed[names.POSITION_EMBEDDINGS] = lm.rotary_emb(args[0], layer_positions(index))
-            return (args if entering is None else (entering(index, args[0]), *args[1:])), {**kwargs, **changed}
-
-        return hook
-
-    def keep_hook(index: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            assert unchanged is not None
-            rows = unchanged(index)[..., None]
-            hidden = torch.where(rows, args[0], names.first_of(output))
-            return names.with_first(output, hidden)
-
-        return hook
-
-    hooks = [lm.register_forward_pre_hook(enter, with_kwargs=True)]
-    hooks += [
-        layer.register_forward_pre_hook(layer_hook(i), with_kwargs=True) for i, layer in enumerate(adapter.layers)
-    ]
-    if unchanged is not None:
-        hooks += [layer.register_forward_hook(keep_hook(i)) for i, layer in enumerate(adapter.layers)]
+    masked = _Masked(lm, padding, visible, replace, position_ids, key_bias, layer_positions, entering)
+    hooks = [lm.register_forward_pre_hook(masked.enter, with_kwargs=True)]
+    for index, layer in enumerate(adapter.layers):
+        hook = functools.partial(masked.enter_layer, index)
+        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if unchanged is not None:
+            hooks.append(layer.register_forward_hook(functools.partial(_leave_layer, unchanged, index)))
     try:
         with torch.no_grad():
             logits: Tensor = model(**inputs, use_cache=False).logits
         return logits
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class _Masked:
+    """What the language model and its layers get in place of what the host hands them; see `masked_logits`."""
+
+    lm: Any
+    padding: Tensor  # [B, S], False in padding
+    visible: Visible
+    replace: tuple[Tensor, Tensor] | None
+    position_ids: Tensor | None
+    key_bias: Tensor | Visible | None
+    layer_positions: Visible | None
+    entering: Callable[[int, Tensor], Tensor] | None
+
+    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Pre-hook of the language model: positions, the padding mask, replaced rows."""
+        given = kwargs.get(names.POSITION_IDS) if self.position_ids is None else self.position_ids
+        counted = (self.padding.long().cumsum(1) - 1).clamp(min=0)
+        kwargs = {**kwargs, names.POSITION_IDS: counted if given is None else given}
+        if kwargs.get(names.ATTENTION_MASK) is None:
+            # else gaps in the positions are read as packed sequences
+            kwargs[names.ATTENTION_MASK] = self.padding.long()
+        if self.replace is not None:
+            embeds = kwargs[names.INPUTS_EMBEDS].clone()
+            embeds[self.replace[0]] = self.replace[1].to(embeds.dtype)
+            kwargs[names.INPUTS_EMBEDS] = embeds
+        return args, kwargs
+
+    def enter_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Pre-hook of layer `index`: its mask, rotations and states."""
+        changed = {names.ATTENTION_MASK: self.mask(index, kwargs.get(names.ATTENTION_MASK))}
+        if self.layer_positions is not None:
+            changed[names.POSITION_EMBEDDINGS] = self.lm.rotary_emb(args[0], self.layer_positions(index))
+        if self.entering is not None:
+            args = (self.entering(index, args[0]), *args[1:])
+        return args, {**kwargs, **changed}
+
+    def mask(self, layer: int, host: Tensor | None) -> Tensor:
+        """What the host shows and `visible` too: bool, or additive where attention is eager or keys have a bias."""
+        order = torch.arange(self.padding.shape[1])
+        causal = (order <= order[:, None]) & self.padding[:, None, None, :]
+        shown = causal if host is None or host.dim() != 4 else host if host.dtype == torch.bool else host == 0
+        # a row may always look at itself, so that rows of dropped tokens stay finite; they are not compared
+        seen = self.visible(layer)
+        seen = seen[:, None, None, :] if seen.dim() == 2 else seen[:, None]
+        allowed = shown & seen | torch.eye(len(order), dtype=torch.bool)
+        if names.attention_of(self.lm.config) != "eager" and self.key_bias is None:
+            return allowed
+        dtype = next(self.lm.parameters()).dtype
+        given = self.key_bias(layer) if callable(self.key_bias) else self.key_bias
+        bias = 0.0 if given is None else given[:, None, None, :].to(dtype)
+        return (torch.zeros(allowed.shape, dtype=dtype) + bias).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def _leave_layer(unchanged: Visible, index: int, module: nn.Module, args: Any, output: Any) -> Any:
+    """Hook of layer `index`: the rows that it leaves as they were."""
+    hidden = torch.where(unchanged(index)[..., None], args[0], names.first_of(output))
+    return names.with_first(output, hidden)
 
 
 def visible_columns(cache: Any, length: int, dense: int = 0) -> Visible:
