@@ -7,7 +7,7 @@ from typing import Any
 
 from vtc import flops
 from vtc.tokenmap import TokenMap
-from vtc.tokens import Layout
+from vtc.tokens import Layout, Medium
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,8 @@ class Report:
         notes: what a reader should know (a budget above N, ...).
         token_map: uncompressed tokens -> tokens that are left at the end, one group per image or sample.
         samples: batch row of each group of `token_map`.
-        layout: places of the uncompressed tokens of each group.
+        layout: places of the uncompressed tokens of each image or video, in the order of the prompts.
+        media: what each group of `layout` is. A group of `token_map` is one of them, or all of its sample in a row.
     """
 
     spec: str
@@ -49,6 +50,7 @@ class Report:
     token_map: TokenMap
     samples: tuple[int, ...]
     layout: Layout
+    media: tuple[Medium, ...]
 
     @property
     def after_last_cut(self) -> tuple[int, ...]:
@@ -62,7 +64,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain data (the map and the layout are left out)."""
-        data = {k: v for k, v in vars(self).items() if k not in ("token_map", "layout", "samples")}
+        data = {k: v for k, v in vars(self).items() if k not in ("token_map", "layout", "samples", "media")}
         return {**data, "after_last_cut": self.after_last_cut, "layer_average": self.layer_average}
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ different length are padded on the right; the lengths are host integers, so noth
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -138,6 +139,22 @@ class Layout:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Layout":
         """The layout after `function` on each of row, col and segment."""
         return Layout(function(self.row), function(self.col), function(self.segment), self.grids)
+
+
+class Medium(NamedTuple):
+    """One image or video of a prompt, or a tile where the encoder takes each for an image.
+
+    Args:
+        modality: "image" or "video".
+        number: which of the images or videos that the encoder got; beams repeat them.
+        sample: batch row of the prompt.
+        tokens: how many it has uncompressed.
+    """
+
+    modality: str
+    number: int
+    sample: int
+    tokens: int
 
 
 @dataclass(frozen=True, eq=False)

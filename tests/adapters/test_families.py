@@ -277,8 +277,21 @@ class TestImagesAndVideosInOnePrompt:
         order = (videos, images, images, images, videos)
         assert report.layout.grids == tuple(next(kind) for kind in order)
         assert report.token_map.lengths == (5,) * 5
+        named = [(medium.modality, medium.number, medium.sample) for medium in report.media]
+        assert named == [("video", 0, 0), ("image", 0, 0), ("image", 1, 0), ("image", 2, 1), ("video", 1, 2)]
+        tokens = [sum(medium.tokens for medium in report.media if medium.sample == row) for row in range(4)]
+        assert tuple(tokens) == report.visual_tokens
         _, pooled = prefill(one.model, inputs, "fastv@3:5")  # all tokens of a sample compete
         assert pooled.after_last_cut == (15, 5, 5, 0)
+        assert pooled.media == report.media
+
+    @pytest.mark.parametrize("family", VIDEO)
+    def test_beams_repeat_images(self, family):
+        one = built(family)
+        with vtc.compress(one.model, "random:5") as handle, torch.no_grad():
+            one.model.generate(**one.inputs((("image", "image"), ("image",))), max_new_tokens=1, num_beams=2)
+        named = [(medium.number, medium.sample) for medium in handle.report.media]
+        assert named == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 2), (2, 3)]
 
     @pytest.mark.parametrize("attention", ATTENTION)
     @pytest.mark.parametrize("family", VIDEO)

@@ -22,7 +22,7 @@ def of_forward(adapter: Adapter, spec: str, state: Forward) -> Callable[[], Repo
     plan = state.plan
     visual, prompt = state.visual, state.prompt
     assert visual is not None and prompt is not None and prompt.layout is not None
-    layout, batch, length = prompt.layout, prompt.batch, prompt.length
+    layout, media, batch, length = prompt.layout, prompt.media, prompt.batch, prompt.length
     cuts, seconds = dict(state.visual_lengths), list(state.seconds)
     awake = dict(state.awake)
 
@@ -54,6 +54,7 @@ def of_forward(adapter: Adapter, spec: str, state: Forward) -> Callable[[], Repo
             token_map=visual.token_map,
             samples=visual.sample,
             layout=layout,
+            media=media,
         )
 
     return report

@@ -27,6 +27,7 @@ from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import Plan, Step
 from vtc.errors import InputError, StateError, UnsupportedFeatureError
 from vtc.indices import take, take_positions
+from vtc.tokens import Medium
 
 
 def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
@@ -282,6 +283,7 @@ def _locate(adapter: Adapter, state: Forward) -> tuple[Visual, Visual]:
     *counts, valid_counts = torch.stack([*(place.sum(1) for place in places), valid.sum(1)]).tolist()
     state.prompt = replace(prompt, is_visual=is_visual, valid_counts=tuple(valid_counts))
     located, left = [], []
+    media: list[Medium] = []
     for encoder, place, count in zip(adapter.encoders, places, counts, strict=True):
         encoded = state.encoded.get(encoder.modality)
         if encoded is None:
@@ -294,6 +296,7 @@ def _locate(adapter: Adapter, state: Forward) -> tuple[Visual, Visual]:
         whole, images = Visual.locate(place, encoded.lengths, encoded.layout, count, encoder.modality)
         carried.locate(state, encoder, encoded, whole, images)
         located.append(whole)
+        media += map(Medium, [encoder.modality] * len(images), images, whole.sample, whole.lengths)
         token_map = encoded.token_map
         left.append(whole if token_map is None else whole.follow(token_map.groups(images)))
     if len(located) == 1:
@@ -304,7 +307,8 @@ def _locate(adapter: Adapter, state: Forward) -> tuple[Visual, Visual]:
         sample = [row for part in located for row in part.sample]
         order = sorted(range(len(first)), key=lambda group: (sample[group], first[group]))
         visual, whole = Visual.join(left, order), Visual.join(located, order)
-    state.prompt = replace(state.prompt, layout=whole.layout)
+        media = [media[i] for i in order]
+    state.prompt = replace(state.prompt, layout=whole.layout, media=tuple(media))
     return visual, whole
 
 

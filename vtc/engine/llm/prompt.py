@@ -11,7 +11,7 @@ from torch import Tensor
 from vtc.engine.host import cache as host
 from vtc.engine.llm.held import Memory
 from vtc.errors import InputError, StateError
-from vtc.tokens import Layout
+from vtc.tokens import Layout, Medium
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,7 @@ class Prompt:
         is_visual: bool [B, S]; None: no image came with this call.
         valid_counts: valid columns of each sample.
         layout: of the uncompressed tokens of each group; None: no image came with this call.
+        media: what each of these groups is.
     """
 
     batch: int
@@ -45,6 +46,7 @@ class Prompt:
     is_visual: Bool[Tensor, "B S"] | None = None
     valid_counts: tuple[int, ...] = ()
     layout: Layout | None = None
+    media: tuple[Medium, ...] = ()
 
     def arange(self, count: int, start: int = 0) -> Int[Tensor, "B J"]:
         """`start .. start + count - 1` for each sample."""
