@@ -224,6 +224,23 @@ class Packing:
     tiles: tuple[tuple[int, int], ...] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One image or video as a model sees it.
+
+    Args:
+        segments: [3, H, W] of each of its tiles or frames, in the order in which layouts count them.
+        modality: "image" or "video".
+        tiles: rows and columns of those segments that are tiles of one image, raster order; None: they are frames.
+        overview: the segment that shows the whole image beside its tiles; None: there is none.
+    """
+
+    segments: tuple[Tensor, ...]
+    modality: str = "image"
+    tiles: tuple[int, int] | None = (1, 1)
+    overview: int | None = None
+
+
 class Adapter(ABC):
     """Where the parts of one loaded model are.
 
@@ -310,6 +327,20 @@ class Adapter(ABC):
     def packing(self, encoder: Encoder, arguments: Mapping[str, Any]) -> Packing | None:
         """How the groups of `tower_out` become images, for one call of `encoder`; None: each group is an image."""
         return None
+
+    def pictures(self, inputs: Mapping[str, Any]) -> tuple[Picture, ...]:
+        """Images, then videos, that a call of the model with `inputs` sees, with the pixels as they are handed over.
+
+        The segments of all images follow each other as in `layout`, and so do those of all videos; several images of
+        a layout may be tiles of one picture.
+
+        Raises:
+            InputError: pixels of a form that the family does not have.
+            UnsupportedModelError: the adapter does not say how pixels lie.
+        """
+        raise UnsupportedModelError(
+            f"the adapter of {self.family!r} does not say how pixels become a picture. Override Adapter.pictures."
+        )
 
     def unavailable(self, signal: str, site: str, layer: int = 0) -> str | None:
         """Why the family cannot give `signal` (`layer` off) at `site`, or None where one of its encoders can."""

@@ -1,12 +1,15 @@
 """A picture of a token map: which patches stayed, which were merged into which, which are gone."""
 
 import colorsys
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
+from vtc.adapter import Picture, adapter_for
 from vtc.report import Report
 
 #: pixels of each of the two panels, and of the caption under them
@@ -15,6 +18,20 @@ CAPTION = 56
 GAP = 12
 BACKGROUND = (24, 26, 31)
 KEPT = (80, 220, 120)
+
+
+def pictures(model: nn.Module, inputs: Mapping[str, Any], processor: Any = None) -> tuple[Picture, ...]:
+    """The images, then the videos, that `model` sees when it is called with `inputs`, in colours from 0 to 1.
+
+    Args:
+        processor: what made the inputs; its mean and standard deviation give the colours back. Without them the darkest
+            value of each picture becomes 0 and the brightest 1.
+
+    Raises:
+        InputError: pixels of a form that the family does not have.
+        UnsupportedModelError: no adapter, or one that does not say how pixels lie.
+    """
+    return tuple(_coloured(picture, processor) for picture in adapter_for(model).pictures(inputs))
 
 
 def seen_image(pixel_values: Tensor, image_processor: Any) -> Image.Image:
@@ -92,3 +109,17 @@ def _side_by_side(left: Image.Image, right: Image.Image, caption: str) -> Image.
     legend = "green: kept as it is    coloured: merged into the outlined patch    dark: dropped"
     draw.text((GAP, PANEL + GAP + 30), legend, fill=(160, 165, 175), font=ImageFont.load_default(size=14))
     return canvas
+
+
+def _coloured(picture: Picture, processor: Any) -> Picture:
+    part = getattr(processor, f"{picture.modality}_processor", None) or getattr(processor, "image_processor", processor)
+    mean, std = (getattr(part, name, None) for name in ("image_mean", "image_std"))
+    segments = [segment.detach().float().cpu() for segment in picture.segments]
+    if mean is None or std is None:
+        low = min(float(segment.min()) for segment in segments)
+        high = max(float(segment.max()) for segment in segments)
+        segments = [(segment - low) / max(high - low, 1e-6) for segment in segments]
+    elif getattr(part, "do_normalize", True):
+        back = [torch.tensor(values)[:, None, None] for values in (std, mean)]
+        segments = [segment * back[0] + back[1] for segment in segments]
+    return replace(picture, segments=tuple(segment.clamp(0, 1) for segment in segments))

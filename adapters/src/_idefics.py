@@ -4,15 +4,17 @@ The encoder gets the tiles of each prompt without knowing to which image they be
 image count. `tower_out` acts between the pixel shuffle and the projection.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtc.adapter import Encoder
+from vtc.adapter import Encoder, Picture
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter
+from vtc.adapters._pictures import check, runs, split_tiles, with_overview
 from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
 from vtc.tokens import Layout
@@ -44,6 +46,19 @@ class IdeficsAdapter(LlamaAdapter):
         tiles = sum(len(prompt) for prompt in prompts) // count
         side = round(count**0.5)
         return (count,) * tiles, Layout.grid(side, side, groups=tiles, device=prompts[0].device)
+
+    def image_pictures(self, pixels: Tensor, inputs: Mapping[str, Any]) -> list[Picture]:
+        check(pixels, 5, "[prompts, tiles, 3, height, width]")
+        tiles = pixels.flatten(0, 1)
+        tiles = tiles[tiles.flatten(1).any(1)]  # blank ones fill prompts with fewer tiles up, and the host skips them
+        ids = inputs[names.INPUT_IDS]
+        counts = []
+        for row, prompt in zip(ids.tolist(), runs(ids == self.model.config.image_token_id), strict=True):
+            # each tile stands behind the mark of its place, and the last of an image behind that of the whole
+            marks = [row[start - 1] for start, _ in prompt]
+            ends = [i + 1 for i, mark in enumerate(marks) if mark == marks[-1]]
+            counts += [end - start for start, end in itertools.pairwise([0, *ends])]
+        return [with_overview(image) for image in split_tiles(tiles, counts)]
 
     def _shuffle(self, signal: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """Mean over the patches that pixel shuffle puts into one token."""

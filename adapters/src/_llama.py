@@ -1,10 +1,13 @@
 """What every Llama-shaped decoder (Llama, Mistral, Qwen2, Qwen3, Gemma) has in common."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from vtc.adapter import Adapter, Attention
+from vtc.adapter import Adapter, Attention, Picture
+from vtc.adapters._pictures import clips, single_images
+from vtc.engine.host import names
 
 
 def decoder_attention(layer: Any, heads_first: bool = False) -> Attention:
@@ -73,3 +76,19 @@ class LlamaAdapter(Adapter):
     def final_norm(self) -> nn.Module:
         norm: nn.Module = self.language_model.norm
         return norm
+
+    def pictures(self, inputs: Mapping[str, Any]) -> tuple[Picture, ...]:
+        found = []
+        if inputs.get(names.PIXELS) is not None:
+            found += self.image_pictures(inputs[names.PIXELS], inputs)
+        if inputs.get(names.VIDEO_PIXELS) is not None:
+            found += self.video_pictures(inputs[names.VIDEO_PIXELS], inputs)
+        return tuple(found)
+
+    def image_pictures(self, pixels: Tensor, inputs: Mapping[str, Any]) -> list[Picture]:
+        """The pictures in the pixels of images."""
+        return single_images(pixels)
+
+    def video_pictures(self, pixels: Tensor, inputs: Mapping[str, Any]) -> list[Picture]:
+        """The pictures in the pixels of videos."""
+        return clips(pixels)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapter import Attention, Encoder
+from vtc.adapter import Attention, Encoder, Picture
 from vtc.adapters._layout import ragged_layout, raster
 from vtc.adapters._llama import LlamaAdapter
 from vtc.engine.host import names
+from vtc.errors import InputError
 from vtc.tokens import Layout
 
 
@@ -41,6 +42,26 @@ class QwenAdapter(LlamaAdapter):
         grid = next(arguments[name] for name in ("image_grid_thw", "video_grid_thw") if name in arguments)
         merge = self.inner.visual.spatial_merge_size
         return [(t, h // merge, w // merge) for t, h, w in grid.tolist()]
+
+    def image_pictures(self, pixels: Tensor, inputs: Mapping[str, Any]) -> list[Picture]:
+        return [Picture((image[0],)) for image in self._unpatched(pixels, inputs["image_grid_thw"])]
+
+    def video_pictures(self, pixels: Tensor, inputs: Mapping[str, Any]) -> list[Picture]:
+        return [Picture(tuple(video), "video", None) for video in self._unpatched(pixels, inputs["video_grid_thw"])]
+
+    def _unpatched(self, pixels: Tensor, grid: Tensor) -> list[Tensor]:
+        """Flat patches in merge blocks -> [t, 3, H, W] of each image or video; of frames in one patch, the first."""
+        config = self.model.config.vision_config
+        depth, patch, merge = config.temporal_patch_size, config.patch_size, config.spatial_merge_size
+        lengths = grid.prod(1).tolist()
+        if pixels.dim() != 2 or pixels.shape[0] != sum(lengths) or pixels.shape[1] % (depth * patch**2):
+            raise InputError(f"pixels of shape {tuple(pixels.shape)} are not the patches of the grids {grid.tolist()}.")
+        found = []
+        for patches, (t, h, w) in zip(pixels.split(lengths), grid.tolist(), strict=True):
+            cells = patches.reshape(t, h // merge, w // merge, merge, merge, -1, depth, patch, patch)[..., 0, :, :]
+            # [t, block row, block column, row, column, channel, y, x] -> [t, channel, block row, row, y, ...]
+            found.append(cells.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, -1, h * patch, w * patch))
+        return found
 
     @property
     def signal_block(self) -> Any:

@@ -4,14 +4,16 @@ The encoder gets tiles without knowing to which image they belong, so a tile is 
 `tower_out` acts between the pixel shuffle and the projector.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from vtc.adapter import Encoder, Resize, register_adapter
+from vtc.adapter import Encoder, Picture, Resize, register_adapter
 from vtc.adapters._layout import block_mean
 from vtc.adapters._llama import LlamaAdapter
+from vtc.adapters._pictures import runs, split_tiles, with_overview
 from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
 from vtc.tokens import Layout
@@ -45,6 +47,15 @@ class InternVLAdapter(LlamaAdapter):
         side = round(features.shape[1] ** 0.5)
         layout = Layout.grid(side, side, groups=features.shape[0], device=features.device)
         return (features.shape[1],) * features.shape[0], layout
+
+    def image_pictures(self, pixels: Tensor, inputs: Mapping[str, Any]) -> list[Picture]:
+        config = self.model.config
+        patches = pixels.shape[-2] * pixels.shape[-1] // math.prod(config.vision_config.patch_size)
+        tokens = patches // self._block**2
+        # the tiles of an image stand in one run
+        prompts = runs(inputs[names.INPUT_IDS] == config.image_token_id)
+        counts = [length // tokens for prompt in prompts for _, length in prompt]
+        return [with_overview(tiles) for tiles in split_tiles(pixels, counts)]
 
     def _shuffle(self, signal: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """Mean over the patches that pixel shuffle puts into one token: 2x2 blocks of the raster grid."""

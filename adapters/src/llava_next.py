@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtc.adapter import Encoder, Packing, register_adapter
+from vtc.adapter import Encoder, Packing, Picture, register_adapter
 from vtc.adapters._layout import ragged_layout
 from vtc.adapters._llama import LlamaAdapter
+from vtc.adapters._pictures import split_tiles
 from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
 from vtc.tokens import Layout
@@ -96,6 +97,14 @@ class LlavaNextAdapter(LlamaAdapter):
         packing = self.packing(encoder, arguments)
         assert packing is not None
         return packing.lengths, packing.layout.to(names.features_of(output)[0].device)
+
+    def image_pictures(self, pixels: Tensor, inputs: Mapping[str, Any]) -> list[Picture]:
+        sizes = inputs["image_sizes"]
+        parts = split_tiles(pixels, self._tiles(sizes))
+        return [
+            Picture(tuple(tiles), tiles=self._tile_grid(size), overview=0) if len(tiles) > 1 else Picture(tuple(tiles))
+            for tiles, size in zip(parts, sizes, strict=True)
+        ]
 
     def _tile_grid(self, size: Tensor) -> tuple[int, int]:
         """Rows and columns of tiles of an image."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapter import Encoder, Packing, register_adapter
+from vtc.adapter import Encoder, Packing, Picture, register_adapter
 from vtc.adapters._layout import clip_shape, ragged_layout, raster
 from vtc.adapters._llama import LlamaAdapter
+from vtc.adapters._pictures import mosaic, split_tiles
 from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
 from vtc.tokens import Layout
@@ -70,6 +71,24 @@ class LlavaOnevisionAdapter(LlamaAdapter):
         packing = self.packing(encoder, arguments)
         assert packing is not None
         return packing.lengths, packing.layout.to(names.features_of(output)[0].device)
+
+    def image_pictures(self, pixels: Tensor, inputs: Mapping[str, Any]) -> list[Picture]:
+        parts = split_tiles(pixels, self._tiles(inputs))
+        return [
+            Picture((tiles[0], self._joined(tiles[1:], size)), overview=0) if len(tiles) > 1 else Picture((tiles[0],))
+            for tiles, size in zip(parts, inputs["image_sizes"], strict=True)
+        ]
+
+    def _joined(self, tiles: Tensor, size: Tensor) -> Tensor:
+        """The tiles of an image as one picture, without the padding that the host cuts off its grid of patches."""
+        from transformers.models.llava_onevision import modeling_llava_onevision as host
+
+        config, vision = self.model.config, self.model.config.vision_config
+        rows, columns = host.get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
+        height, width, patch = rows * self.side, columns * self.side, vision.patch_size
+        seen = host.unpad_image(torch.arange(height * width).view(1, height, width), size)[0]
+        (top, left), (bottom, right) = (divmod(int(corner), width) for corner in (seen[0, 0], seen[-1, -1]))
+        return mosaic(tiles, rows)[:, top * patch : (bottom + 1) * patch, left * patch : (right + 1) * patch]
 
     def _grids(self, is_newline: Tensor) -> tuple[tuple[tuple[int, int], ...], int, int]:
         """Segments of an image (base tile, then the grid as packed), its newlines, and the tokens that they divide."""

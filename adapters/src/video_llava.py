@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtc.adapter import Encoder, Packing, register_adapter
+from vtc.adapter import Encoder, Packing, Picture, register_adapter
 from vtc.adapters._layout import clip_shape
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import vit_encoder
@@ -51,6 +51,9 @@ class VideoLlavaAdapter(LlamaAdapter):
         extra = features.shape[1] - self._side**2
         layout = grid.map(lambda part: nn.functional.pad(part, (extra, 0), value=-1))
         return (features.shape[1],) * features.shape[0], layout
+
+    def pictures(self, inputs: Mapping[str, Any]) -> tuple[Picture, ...]:
+        return super().pictures({names.PIXELS: inputs.get(names.IMAGE_PIXELS), **inputs})
 
     @property
     def _side(self) -> int:

@@ -23,6 +23,7 @@ LOGITS_TO_KEEP = "logits_to_keep"
 ENCODER_OUTPUTS = "mm_encoder_outputs"  # modality -> what the encoder's method returned
 TOKEN_TYPES = "token_type_ids"  # which tokens belong to an image (Gemma 3, PaliGemma)
 PIXELS = "pixel_values"
+IMAGE_PIXELS = "pixel_values_images"  # as Video-LLaVA's processor calls them
 VIDEO_PIXELS = "pixel_values_videos"
 FEATURE_LAYER = "vision_feature_layer"  # an argument of encoders, and a field of configs
 
