@@ -9,11 +9,12 @@ from PIL import Image
 
 from vtc.adapter import adapter_for
 from vtc.engine import compress
+from vtc.errors import VTCError
 from vtc.eval.bench.costs import observed_encoder
 from vtc.eval.loading import Loaded
 from vtc.eval.results.environment import Environment, environment
 from vtc.eval.results.timing import Timing, compare
-from vtc.picture import overlay, seen_image
+from vtc.picture import draw, pictures
 from vtc.report import Report
 
 
@@ -27,7 +28,8 @@ class RunResult:
         report: figures of the compressed prefill.
         encoder_flops: FLOPs of vision tower and projector, "dense" and "compressed".
         ttft: milliseconds from pixels to the first token, "dense" and "compressed".
-        overlay: where the picture was written.
+        overlay: where the picture was written; None: nowhere.
+        notes: the report's, and why there is no picture.
     """
 
     model: str
@@ -39,6 +41,7 @@ class RunResult:
     encoder_flops: dict[str, int]
     ttft: dict[str, Timing]
     overlay: str | None
+    notes: tuple[str, ...]
     environment: Environment
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +71,7 @@ class RunResult:
             "selection_ms": sum(report.selection_ms.values()),
             "selection_ms_by_site": report.selection_ms,
             "kv_bytes": {"dense": report.kv_bytes_dense, "compressed": report.kv_bytes},
-            "notes": list(report.notes),
+            "notes": list(self.notes),
             "overlay": self.overlay,
             "environment": self.environment,
         }
@@ -117,9 +120,12 @@ def run(
     with observed_encoder(adapter) as encoder_dense:
         answer_dense = loaded.answer(generate(max_new_tokens)[0], length)
     ttft = compare({"dense": lambda: generate(1), "compressed": lambda: compressed(1)}, model.device, runs=repeats)
+    notes = report.notes
     if picture is not None:
-        seen = seen_image(inputs["pixel_values"][0], loaded.processor.image_processor)
-        overlay(seen, report).save(picture)
+        try:
+            draw(report, pictures(model, inputs, loaded.processor)).save(picture)
+        except (VTCError, OSError, ValueError) as error:  # also a path that cannot be written, or no image format
+            notes, picture = (*notes, f"no picture: {error}"), None
     return RunResult(
         model=loaded.name,
         question=question,
@@ -133,5 +139,6 @@ def run(
         },
         ttft=ttft,
         overlay=str(picture) if picture is not None else None,
+        notes=notes,
         environment=environment(model.device),
     )

@@ -92,7 +92,7 @@ def _show(result: RunResult) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for note in report.notes:
+    for note in result.notes:
         console.print(f"note: {note}")
     if result.overlay:
         console.print(f"overlay written to {result.overlay}")
