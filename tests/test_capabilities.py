@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import vtc
 from vtc.adapter import adapter_for
-from vtc.capabilities import REFUSED, capabilities, describe_adapter, method_families
+from vtc.catalogue.capabilities import REFUSED, capabilities, describe_adapter, method_families
 from vtc.cli import app
 from vtc.engine.plan import CAPTURED
 from vtc.stages import SITES

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import vtc
-from vtc.registry import method_class
+from vtc.catalogue.registry import method_class
 
 ROOT = Path(__file__).parents[1]
 PAPERS = [slug for slug in vtc.methods() if method_class(slug).fidelity != "control"]
@@ -65,4 +65,4 @@ def test_published_numbers_are_not_inherited():
         assert vtc.describe("visionzip")["headline"]
         assert vtc.describe("derived-visionzip")["headline"] == ""
     finally:
-        del vtc.registry._METHODS["derived-visionzip"]
+        del vtc.catalogue.registry._METHODS["derived-visionzip"]

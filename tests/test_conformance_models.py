@@ -93,7 +93,7 @@ def refusal(adapter, method):
 
 
 def method_has_layer(slug):
-    return vtc.registry.method_class(slug).at == "layer"
+    return vtc.catalogue.registry.method_class(slug).at == "layer"
 
 
 def check(one, adapter, method, inputs):

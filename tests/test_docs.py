@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from vtc.catalogue.tables import methods_page, models_table, signals_table, steps_table
 from vtc.engine.host import contract
 from vtc.eval.results.page import markdown, page
 from vtc.eval.scenes.card import card
-from vtc.tables import methods_page, models_table, signals_table, steps_table
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vtc
+from vtc.catalogue.registry import register
 from vtc.errors import SpecError
-from vtc.registry import register
 
 
 @st.composite

@@ -7,11 +7,11 @@ handle.remove()
 
 from vtc import methods as _methods  # registers every method
 from vtc._version import __version__
+from vtc.catalogue.registry import create, describe, from_dict, methods, register
 from vtc.companion import ClipCompanion
 from vtc.encoder_report import EncoderReport
 from vtc.engine import EncoderHandle, Handle, compress, compress_encoder, patch, patch_encoder
 from vtc.errors import VTCError
-from vtc.registry import create, describe, from_dict, methods, register
 from vtc.report import Report
 from vtc.spec import format_spec, parse
 from vtc.stages import Drop, Freeze, Links, Method, Paper, Park, Repeat, Signal, Site, Stage, Weigh

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from vtc.adapter import adapter_classes
-from vtc.capabilities import capabilities
+from vtc.catalogue.capabilities import capabilities
+from vtc.catalogue.registry import describe, methods
+from vtc.catalogue.tables import methods_page, models_table, signals_table
 from vtc.errors import UnsupportedModelError, VTCError
-from vtc.registry import describe, methods
 from vtc.signals import SIGNALS
-from vtc.tables import methods_page, models_table, signals_table
 from vtc.testing.oracle_table import LIMIT, worst_difference
 from vtc.testing.tiny import families
 

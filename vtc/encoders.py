@@ -110,7 +110,7 @@ def encoder_for(model: nn.Module) -> ImageEncoder:
 @functools.cache
 def methods_by_themselves() -> tuple[str, ...]:
     """Slugs of the methods that act inside the tower and nowhere else."""
-    from vtc.registry import method_class, methods
+    from vtc.catalogue.registry import method_class, methods
 
     return tuple(
         slug for slug in methods() if {stage.site.name for stage in method_class(slug)().stages()} == {"tower"}

@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from vtc.catalogue.registry import create, method_class
 from vtc.errors import SpecError
-from vtc.registry import create, method_class
 from vtc.stages import Method
 from vtc.tokens import Budget
 

@@ -436,7 +436,7 @@ class Method:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict that `vtc.registry.from_dict` turns into an equal method."""
+        """A plain dict that `vtc.catalogue.registry.from_dict` turns into an equal method."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "budget"}
         budget = None if self.budget is None else dataclasses.asdict(self.budget)
         return {"version": 1, "method": self.slug, "budget": budget, **fields}

@@ -10,7 +10,7 @@ from vtc import errors
 from vtc.adapter import Encoder, adapter_for, register_adapter
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import tower_attention, tower_layers
-from vtc.capabilities import describe_adapter
+from vtc.catalogue.capabilities import describe_adapter
 from vtc.engine.host import names
 from vtc.testing import masked_logits, relative_difference, tiny, visible_columns
 from vtc.testing.tiny import PROMPTS

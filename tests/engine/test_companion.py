@@ -62,7 +62,7 @@ class Seen:
 
     def __init__(self, monkeypatch):
         self.tokens = []
-        cls = vtc.registry.method_class("cdpruner")
+        cls = vtc.catalogue.registry.method_class("cdpruner")
         stock = cls.filter
         monkeypatch.setattr(
             cls, "filter", lambda method, tokens: (self.tokens.append(tokens), stock(method, tokens))[1]

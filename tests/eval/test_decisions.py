@@ -60,7 +60,7 @@ def test_a_method_that_is_refused_says_why(small, monkeypatch):
     def refuse(self):
         raise vtc.VTCError("not here")
 
-    monkeypatch.setattr(vtc.registry.method_class("uniform"), "stages", refuse)
+    monkeypatch.setattr(vtc.catalogue.registry.method_class("uniform"), "stages", refuse)
     row = decisions.row("uniform", {}, CPU)
     assert row == {"refused": "not here"}
     assert decisions.in_words(row) == "refused: not here"

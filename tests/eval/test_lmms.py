@@ -23,7 +23,7 @@ TWO = ("--tasks", "vtc_scenes_colour,vtc_scenes_count")
 #: a method whose decision raises, and then the real command line
 RAISING = """
 import runpy, sys
-from vtc.registry import method_class
+from vtc.catalogue.registry import method_class
 def fail(self, tokens):
     raise RuntimeError("boom in our hook")
 method_class("fastervlm").filter = fail

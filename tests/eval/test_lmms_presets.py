@@ -7,12 +7,12 @@ import sys
 import pytest
 
 import vtc
+from vtc.catalogue.registry import method_class
+from vtc.catalogue.tables import models_table
 from vtc.errors import SpecError
 from vtc.eval.lmms import presets
 from vtc.eval.lmms.evaluate import TASKS
 from vtc.extras import available
-from vtc.registry import method_class
-from vtc.tables import models_table
 
 NAMES = presets.names()
 

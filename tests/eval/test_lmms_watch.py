@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from vtc.catalogue.registry import method_class
 from vtc.errors import BudgetError, SpecError, UnsupportedModelError
 from vtc.eval.lmms import timings
 from vtc.eval.lmms.models import Compressed, _on_one_device, base_of
 from vtc.eval.lmms.watch import RunFailed, Watch
-from vtc.registry import method_class
 from vtc.testing import tiny
 
 

@@ -46,7 +46,7 @@ def counts(method, total):
 
 
 def test_the_papers_setting_is_the_default_budget():
-    method = vtc.create("pyramiddrop", budget=vtc.registry.method_class("pyramiddrop").defaults["llava"])
+    method = vtc.create("pyramiddrop", budget=vtc.catalogue.registry.method_class("pyramiddrop").defaults["llava"])
     assert counts(method, 576) == [288, 144, 72]
     assert counts(vtc.create("pyramiddrop", ratio=0.5), 576) == [288, 144, 72]
     assert counts(vtc.create("pyramiddrop", ratio=0.5), 61) == [30, 15, 7]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.errors import SpecError
 from vtc.kernels import bipartite_match
 from vtc.options import AtLeastOne, Positive, Variant
@@ -20,7 +21,6 @@ from vtc.primitives import (
     take_rows,
     topk_keep,
 )
-from vtc.registry import register
 from vtc.stages import Links, Method, Paper, Repeat, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens

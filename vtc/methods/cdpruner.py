@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtc.catalogue.registry import register
 from vtc.kernels import dpp_map_features
 from vtc.options import OneOf, Variant, Within
 from vtc.primitives import ascending, valid_prefix
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

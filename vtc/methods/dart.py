@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtc.catalogue.registry import register
 from vtc.options import Variant
 from vtc.primitives import take_rows, topk_keep, valid_prefix
-from vtc.registry import register
 from vtc.stages import Links, Method, Paper, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens

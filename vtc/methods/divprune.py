@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.kernels import farthest_point
 from vtc.primitives import ascending, valid_prefix
-from vtc.registry import register
 from vtc.stages import Method, Paper, Site, Stage
 from vtc.tokens import Tokens
 

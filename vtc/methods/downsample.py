@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.errors import InputError
-from vtc.registry import register
 from vtc.stages import Links, Method, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens

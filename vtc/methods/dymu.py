@@ -6,11 +6,11 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from vtc.calibration import stored_options
+from vtc.catalogue.registry import register
 from vtc.errors import SpecError
 from vtc.kernels import bipartite_match
 from vtc.options import Count, OneOf, Within
 from vtc.primitives import bipartite_keep, bipartite_links, settle, size_weighted_merge
-from vtc.registry import register
 from vtc.stages import Drop, Links, Method, Paper, Repeat, Signal, Site, Stage, Weigh
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens

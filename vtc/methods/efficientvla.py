@@ -6,10 +6,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.kernels import cosine_match
 from vtc.options import AtLeastOne, OneOf, Share
 from vtc.primitives import keep_where, ranks, take_rows, topk_keep
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

@@ -5,9 +5,9 @@ from typing import Annotated
 
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.options import OneOf
 from vtc.primitives import topk_keep
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.kernels import attention_rows, received_attention
 from vtc.methods.ficoco_v import PAPER, follows_reference
 from vtc.options import Count, OneOf, Share, Variant
@@ -19,7 +20,6 @@ from vtc.primitives import (
     top_links,
     topk_keep,
 )
-from vtc.registry import register
 from vtc.stages import Links, Method, Repeat, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens

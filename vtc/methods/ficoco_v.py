@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 
+from vtc.catalogue.registry import register
 from vtc.kernels import attention_rows, received_attention
 from vtc.options import Count, OneOf, Share, Variant, Within
 from vtc.primitives import (
@@ -21,7 +22,6 @@ from vtc.primitives import (
     top_links,
     topk_keep,
 )
-from vtc.registry import register
 from vtc.stages import Links, Method, Paper, Repeat, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens

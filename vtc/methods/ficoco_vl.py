@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from vtc.catalogue.registry import register
 from vtc.methods.ficoco_l import FiCoCoL
 from vtc.methods.ficoco_v import PAPER, FiCoCoV
 from vtc.options import Within
 from vtc.primitives import even_pace
-from vtc.registry import register
 from vtc.stages import Method, Repeat, Stage
 
 

@@ -6,10 +6,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.kernels import similarity_degree, similarity_propagate
 from vtc.options import Count, OneOf, Positive
 from vtc.primitives import segment_table, topk_keep
-from vtc.registry import register
 from vtc.stages import Method, Paper, Site, Stage
 from vtc.tokens import Tokens
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from vtc.catalogue.registry import register
 from vtc.errors import InputError
 from vtc.options import OneOf, Positive, Variant, Within
 from vtc.primitives import keep_where, of_full, per_image, ranks, seats, settled
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtc.catalogue.registry import register
 from vtc.options import OneOf, Within
 from vtc.primitives import ascending, take_rows, unlike_picks, valid_prefix
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.errors import InputError
 from vtc.options import Share, Variant
 from vtc.primitives import keep_where, of_full, per_image, ranks, seats, settled
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vtc.catalogue.registry import register
 from vtc.kernels import similarity_degree
 from vtc.options import OneOf
 from vtc.primitives import grid_cells, topk_keep
-from vtc.registry import register
 from vtc.stages import Links, Method, Paper, Site, Stage, keep_lengths
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens

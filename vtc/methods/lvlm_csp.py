@@ -6,10 +6,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.errors import SpecError
 from vtc.options import OneOf, Within
 from vtc.primitives import seeded_uniform, topk_keep
-from vtc.registry import register
 from vtc.stages import Method, Paper, Park, Signal, Site, Stage
 from vtc.tokens import Budget, Tokens
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vtc.catalogue.registry import register
 from vtc.errors import InputError
 from vtc.kernels import segment_merge
 from vtc.options import Variant, Within
 from vtc.primitives import at_most, mean_merge, ranks, settle, slot_of
-from vtc.registry import register
 from vtc.stages import Links, Method, Paper, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens

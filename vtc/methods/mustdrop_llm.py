@@ -6,10 +6,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.methods.mustdrop import MustDrop, dual_attention
 from vtc.options import Ascending, Depth, OneOf, Share, layer_at
 from vtc.primitives import at_most, geometric_pace, instruction, keep_where, ranks, settled
-from vtc.registry import register
 from vtc.stages import Drop, Method, Schedule, Signal, Site, Stage
 from vtc.tokens import Budget, Tokens
 

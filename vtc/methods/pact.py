@@ -9,7 +9,6 @@ from torch import Tensor
 from vtc.kernels import cosine_match
 from vtc.options import Within
 from vtc.primitives import density_centers, keep_where, mean_merge, settled, slot_of, take_rows, topk_keep
-from vtc.registry import register
 from vtc.stages import Links, Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

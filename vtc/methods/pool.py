@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.primitives import grid_cells, mean_merge
-from vtc.registry import register
 from vtc.stages import Links, Method, Site, Stage
 from vtc.tokens import Tokens
 

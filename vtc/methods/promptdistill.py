@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, avg_pool2d
 
+from vtc.catalogue.registry import register
 from vtc.errors import InputError, SpecError
 from vtc.options import Ascending, OneOf, Variant
 from vtc.primitives import geometric_pace, topk_keep
-from vtc.registry import register
 from vtc.stages import Drop, Method, Paper, Schedule, Signal, Site, Stage
 from vtc.tokens import Budget, Tokens
 

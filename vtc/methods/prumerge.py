@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.kernels import attention_rows, cosine_match
 from vtc.options import AtLeastOne, Score, Variant
 from vtc.primitives import ascending, take_rows
-from vtc.registry import register
 from vtc.stages import Links, Method, Paper, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens

@@ -5,10 +5,10 @@ from typing import Annotated
 
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.errors import BudgetError
 from vtc.options import Ascending, OneOf, Within
 from vtc.primitives import geometric_pace, topk_keep
-from vtc.registry import register
 from vtc.stages import Method, Paper, Schedule, Signal, Site, Stage
 from vtc.tokens import Budget, Tokens
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.primitives import seeded_uniform, topk_keep
-from vtc.registry import register
 from vtc.stages import Method, Site, Stage
 from vtc.tokens import Tokens
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from vtc.calibration import stored_options
+from vtc.catalogue.registry import register
 from vtc.errors import BudgetError, SpecError
-from vtc.registry import register
 from vtc.stages import Freeze, Method, Paper, Site, Stage, nothing
 from vtc.tokens import Budget
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.errors import SpecError
 from vtc.options import Ascending, OneOf, Variant, Within
 from vtc.primitives import (
@@ -25,7 +26,6 @@ from vtc.primitives import (
     topk_keep,
     valid_prefix,
 )
-from vtc.registry import register
 from vtc.stages import Links, Method, Paper, Schedule, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens

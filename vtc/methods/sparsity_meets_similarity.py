@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from vtc.catalogue.registry import register
 from vtc.options import AtLeastOne, OneOf, Within
 from vtc.primitives import instruction, keep_where, ranks, settled
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

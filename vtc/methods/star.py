@@ -6,10 +6,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.kernels import attention_rows, received_attention
 from vtc.options import Depth, OneOf, Within, layer_at
 from vtc.primitives import instruction, topk_keep
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from vtc.catalogue.registry import register
 from vtc.kernels import farthest_point, max_sum
 from vtc.options import Depth, OneOf, layer_at
 from vtc.primitives import ascending, instruction, keep_where, settled, valid_prefix
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Budget, Tokens
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.errors import SpecError
 from vtc.kernels import cosine_match
 from vtc.options import AtLeastOne, Positive
 from vtc.primitives import rest_of, size_weighted_merge, take_rows, topk_keep
-from vtc.registry import register
 from vtc.stages import Drop, Links, Method, Paper, Signal, Site, Stage, Weigh
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens

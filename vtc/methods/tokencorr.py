@@ -6,10 +6,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.kernels import similarity_degree
 from vtc.options import AtLeastOne, OneOf
 from vtc.primitives import at_most, keep_where, quantile, ranks, seeded_uniform, settled
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

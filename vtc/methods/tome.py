@@ -6,10 +6,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.kernels import bipartite_match
 from vtc.options import Count, Within
 from vtc.primitives import bipartite_keep, bipartite_links, linear_counts, linear_pace, size_weighted_merge
-from vtc.registry import register
 from vtc.stages import Drop, Links, Method, Paper, Repeat, Signal, Site, Stage, Weigh
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Tokens

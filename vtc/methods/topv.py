@@ -6,10 +6,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.errors import InputError
 from vtc.options import OneOf, Positive, Within
 from vtc.primitives import keep_where, ranks
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Layout, Tokens
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from vtc.catalogue.registry import register
 from vtc.primitives import uniform_keep
-from vtc.registry import register
 from vtc.stages import Method, Site, Stage
 
 

@@ -6,9 +6,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.options import Score, Variant, Within
 from vtc.primitives import add_mean, assign_nearest, join_keep, mean_merge, rest_of, topk_keep, valid_prefix
-from vtc.registry import register
 from vtc.stages import Links, Method, Paper, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens

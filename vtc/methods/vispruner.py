@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.options import Score, Share
 from vtc.primitives import ascending, distinct_of, join_keep, valid_prefix
-from vtc.registry import register
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 

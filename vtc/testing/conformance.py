@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vtc.registry import from_dict
+from vtc.catalogue.registry import from_dict
 from vtc.signals import SIGNALS, read_at
 from vtc.spec import format_spec, parse
 from vtc.stages import Method, Stage

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtc import flops
 from vtc.adapter import Adapter
+from vtc.catalogue.registry import method_class, methods
 from vtc.engine import Handle, compress
 from vtc.engine.host import names
 from vtc.errors import InputError, VTCError
@@ -41,7 +42,6 @@ from vtc.eval.results.file import (
     write,
 )
 from vtc.eval.results.timing import Quantiles
-from vtc.registry import method_class, methods
 from vtc.report import Report
 from vtc.spec import parse
 

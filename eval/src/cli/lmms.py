@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vtc.catalogue.registry import methods
 from vtc.cli import Json, app, print_json
 from vtc.errors import EvaluationError, SpecError
 from vtc.eval.cli._options import Device, Model, Positions, split
@@ -18,7 +19,6 @@ from vtc.eval.cli._progress import errors
 from vtc.eval.lmms import presets
 from vtc.eval.lmms.evaluate import TASKS, Settings, sweep
 from vtc.eval.results.file import Result, Time
-from vtc.registry import methods
 from vtc.spec import format_spec, parse
 from vtc.tokens import Budget
 

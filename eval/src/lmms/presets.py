@@ -22,10 +22,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from vtc.catalogue.registry import methods
 from vtc.errors import SpecError, unknown_name
 from vtc.eval.lmms.evaluate import Settings
 from vtc.eval.results.file import DENSE, Cell, Result
-from vtc.registry import methods
 from vtc.spec import format_spec, parse
 
 FOLDER = Path(str(resources.files("vtc.eval"))) / "presets"

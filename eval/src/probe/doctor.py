@@ -7,10 +7,10 @@ import torch
 
 import vtc
 from vtc.adapter import Adapter, adapter_for
+from vtc.catalogue.registry import create, methods
 from vtc.engine.host import names
 from vtc.engine.planning import make_plan
 from vtc.errors import UnsupportedModelError, VTCError
-from vtc.registry import create, methods
 
 
 @dataclass(frozen=True)

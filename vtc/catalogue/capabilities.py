@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from vtc.adapter import Adapter, adapter_classes, adapter_for
+from vtc.catalogue.registry import method_class
 from vtc.companion import ClipCompanion, in_clip
 from vtc.engine.plan import CAPTURED
 from vtc.engine.planning import make_plan
 from vtc.errors import VTCError
-from vtc.registry import method_class
 from vtc.stages import SITES, Method, Signal, Site, Stage, drop, nothing
 from vtc.tokens import Budget
 

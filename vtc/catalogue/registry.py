@@ -100,8 +100,8 @@ def describe(slug: str, families: bool = False) -> dict[str, Any]:
 
     Args:
         slug: a registered method.
-        families: also try its default setting on every model family (`vtc.capabilities.method_families`), which takes
-            seconds the first time.
+        families: also try its default setting on every model family
+            (`vtc.catalogue.capabilities.method_families`), which takes seconds the first time.
 
     Raises:
         SpecError: there is no such method.
@@ -136,7 +136,7 @@ def describe(slug: str, families: bool = False) -> dict[str, Any]:
 
 def _families(slug: str) -> dict[str, Any]:
     # models are built for this alone, and plans know methods only by their class
-    from vtc.capabilities import method_families
+    from vtc.catalogue.capabilities import method_families
 
     return method_families(slug)
 

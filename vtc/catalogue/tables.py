@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vtc.capabilities import capabilities
-from vtc.registry import describe, methods
+from vtc.catalogue.capabilities import capabilities
+from vtc.catalogue.registry import describe, methods
 from vtc.signals import SIGNALS
 
 METHODS = """# Methods
