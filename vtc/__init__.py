@@ -7,7 +7,8 @@ handle.remove()
 
 from vtc import methods as _methods  # registers every method
 from vtc._version import __version__
-from vtc.catalogue.registry import create, describe, from_dict, methods, register
+from vtc.catalogue.capabilities import describe
+from vtc.catalogue.registry import create, from_dict, methods, register
 from vtc.companion import ClipCompanion
 from vtc.encoder_report import EncoderReport
 from vtc.engine import EncoderHandle, Handle, compress, compress_encoder, patch, patch_encoder

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from vtc.adapter import adapter_classes
-from vtc.catalogue.capabilities import capabilities
-from vtc.catalogue.registry import describe, methods
+from vtc.catalogue.capabilities import capabilities, describe
+from vtc.catalogue.registry import methods
 from vtc.catalogue.tables import methods_page, models_table, signals_table
 from vtc.errors import UnsupportedModelError, VTCError
 from vtc.signals import SIGNALS

@@ -1,6 +1,8 @@
 """What vtc can do on each model family, asked of the adapters and of the checks that a patch runs.
 
 Nothing here is a list that somebody keeps: a site or signal is there if a stage that uses it passes `make_plan`.
+The families stand for themselves as tiny models of `vtc.testing`, which is imported where they are built: the rest of
+the library needs no model to work with.
 """
 
 import functools
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 
 from vtc.adapter import Adapter, adapter_classes, adapter_for
-from vtc.catalogue.registry import method_class
+from vtc.catalogue.registry import declared, method_class
 from vtc.companion import ClipCompanion, in_clip
 from vtc.engine.plan import CAPTURED
 from vtc.engine.planning import make_plan
@@ -75,6 +77,20 @@ def capabilities() -> tuple[dict[str, Any], ...]:
         describe_adapter(adapter_for(tiny(cls.family).model)) if cls.family in known else _named(cls)
         for cls in adapter_classes()
     )
+
+
+def describe(slug: str, families: bool = False) -> dict[str, Any]:
+    """What a method declares, as plain data: the source of every table.
+
+    Args:
+        slug: a registered method.
+        families: also try its default setting on every model family (`method_families`), which takes seconds the
+            first time.
+
+    Raises:
+        SpecError: there is no such method.
+    """
+    return {**declared(slug), **(method_families(slug) if families else {})}
 
 
 def method_families(slug: str) -> dict[str, Any]:

@@ -95,13 +95,8 @@ def from_dict(data: dict[str, Any]) -> Method:
     return create(options.pop("method"), **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
 
-def describe(slug: str, families: bool = False) -> dict[str, Any]:
-    """What a method declares, as plain data: the source of every table.
-
-    Args:
-        slug: a registered method.
-        families: also try its default setting on every model family
-            (`vtc.catalogue.capabilities.method_families`), which takes seconds the first time.
+def declared(slug: str) -> dict[str, Any]:
+    """What a method declares, as plain data; `vtc.describe` adds on request where it runs.
 
     Raises:
         SpecError: there is no such method.
@@ -130,15 +125,7 @@ def describe(slug: str, families: bool = False) -> dict[str, Any]:
         "positions": cls.positions,
         "defaults": dict(cls.defaults),
         "options": {f.name: f.default for f in dataclasses.fields(cls) if f.name != "budget"},
-        **(_families(slug) if families else {}),
     }
-
-
-def _families(slug: str) -> dict[str, Any]:
-    # models are built for this alone, and plans know methods only by their class
-    from vtc.catalogue.capabilities import method_families
-
-    return method_families(slug)
 
 
 def _places(stages: Sequence[Stage]) -> list[str]:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vtc.catalogue.capabilities import capabilities
-from vtc.catalogue.registry import describe, methods
+from vtc.catalogue.capabilities import capabilities, describe
+from vtc.catalogue.registry import declared, methods
 from vtc.signals import SIGNALS
 
 METHODS = """# Methods
@@ -55,7 +55,7 @@ def methods_table() -> str:
 def steps_table() -> str:
     """One row per method: its three steps."""
     names = ("filter", "correlate", "compress")
-    rows = [(f"`{data['method']}`", *(data[name] for name in names)) for data in map(describe, methods())]
+    rows = [(f"`{data['method']}`", *(data[name] for name in names)) for data in map(declared, methods())]
     return _table(("method", *names), rows)
 
 
@@ -72,7 +72,7 @@ def signals_table() -> str:
 
 def published_table() -> str:
     """One row per method that has a paper: its headline number."""
-    rows = [(f"`{d['method']}`", d["headline"] or "none read") for d in map(describe, methods()) if d["arxiv"]]
+    rows = [(f"`{d['method']}`", d["headline"] or "none read") for d in map(declared, methods()) if d["arxiv"]]
     return _table(("method", "published"), rows)
 
 
