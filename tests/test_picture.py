@@ -12,7 +12,7 @@ from vtc.eval.run import run
 import vtc
 from vtc import errors
 from vtc.adapter import Picture, adapter_for
-from vtc.eval.loading import Loaded, load
+from vtc.loading import Loaded, load
 from vtc.picture import BACKGROUND, DROPPED, GAP, TINT, arrange, cell, draw, pictures
 from vtc.testing import families, tiny
 from vtc.testing.processors import processor_for, save_checkpoint

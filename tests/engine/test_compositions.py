@@ -7,7 +7,7 @@ import vtc
 from vtc import errors
 from vtc.engine.host import names
 from vtc.eval.data import suites
-from vtc.eval.loading import load
+from vtc.loading import load
 from vtc.testing import masked_logits, relative_difference, visible_columns
 from vtc.testing.tiny import PROMPTS
 

@@ -10,8 +10,8 @@ from vtc import errors
 from vtc.cli import app
 from vtc.eval.cli import calibrate as command
 from vtc.eval.data import suites
-from vtc.eval.loading import load
 from vtc.eval.probe import calibrate
+from vtc.loading import load
 
 
 def call(*arguments):

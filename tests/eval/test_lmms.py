@@ -100,8 +100,8 @@ def test_the_questions_and_answers_are_those_of_the_drawn_scenes(finished):
     import torch
 
     from vtc.engine import compress
-    from vtc.eval.loading import load
     from vtc.eval.scenes.draw import scene_suite
+    from vtc.loading import load
 
     drawn = [(s, q) for s, q in scene_suite("test", 25, 0) if q.category == "count"][:3]
     loaded = load(device="cpu")

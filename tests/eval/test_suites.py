@@ -10,7 +10,7 @@ import vtc
 from vtc.errors import UnsupportedFeatureError
 from vtc.eval.bench.accuracy import Prepared
 from vtc.eval.data import suites
-from vtc.eval.loading import Loaded
+from vtc.loading import Loaded
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import vtc
 from vtc.engine.vision.call import ENCODE
 from vtc.eval.bench.accuracy import Prepared, score
 from vtc.eval.data.suites import scenes
-from vtc.eval.loading import load
+from vtc.loading import load
 
 TOKENS = 96  # of 576
 

@@ -11,8 +11,8 @@ import vtc
 from vtc import errors
 from vtc.engine.host import names
 from vtc.eval.data import suites
-from vtc.eval.loading import load
 from vtc.eval.probe import calibrate
+from vtc.loading import load
 from vtc.methods.shortv import PUBLISHED
 from vtc.testing import tiny
 from vtc.testing.end_to_end import replay

@@ -9,9 +9,9 @@ import torch
 from vtc.engine import Handle
 from vtc.errors import UnsupportedFeatureError
 from vtc.eval.data.suites import Suite, is_right
-from vtc.eval.loading import Loaded
 from vtc.eval.results.file import Cell
 from vtc.eval.results.intervals import accuracy_table
+from vtc.loading import Loaded
 from vtc.report import Report
 
 

@@ -11,9 +11,9 @@ from vtc.adapter import adapter_for
 from vtc.engine import compress
 from vtc.errors import VTCError
 from vtc.eval.bench.costs import observed_encoder
-from vtc.eval.loading import Loaded
 from vtc.eval.results.environment import Environment, environment
 from vtc.eval.results.timing import Timing, compare
+from vtc.loading import Loaded
 from vtc.picture import draw, pictures
 from vtc.report import Report
 

@@ -10,8 +10,8 @@ from vtc.adapter import Adapter, adapter_for
 from vtc.eval.bench.accuracy import Prepared
 from vtc.eval.bench.architectures import BuiltArch
 from vtc.eval.data.suites import Suite
-from vtc.eval.loading import Loaded
 from vtc.eval.results.file import Run
+from vtc.loading import Loaded
 
 
 @dataclass(frozen=True)

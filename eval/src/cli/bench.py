@@ -26,9 +26,9 @@ from vtc.eval.cli._options import (
 )
 from vtc.eval.cli._progress import bench_with_progress, errors
 from vtc.eval.data import suites
-from vtc.eval.loading import load
 from vtc.eval.results import compare, page, plots, terminal
 from vtc.eval.results.file import Result, read
+from vtc.loading import load
 
 bench_app = typer.Typer(
     invoke_without_command=True, help="Measure methods at token budgets; compare, plot and report what was measured."

@@ -11,8 +11,8 @@ from vtc.cli import Json, app, print_json
 from vtc.errors import InputError, unknown_name
 from vtc.eval.cli._options import Device, Dtype, Model, Questions
 from vtc.eval.data import suites
-from vtc.eval.loading import load
 from vtc.eval.probe.calibrate import CALIBRATIONS, calibrate
+from vtc.loading import load
 
 
 @app.command("calibrate")

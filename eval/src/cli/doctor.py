@@ -9,8 +9,8 @@ from rich.table import Table
 
 from vtc.cli import Json, app, print_json
 from vtc.engine.host.contract import SWITCH, tested_range
-from vtc.eval.loading import embedded_path
 from vtc.eval.probe.doctor import diagnose
+from vtc.loading import embedded_path
 from vtc.testing.self_check import self_check
 
 

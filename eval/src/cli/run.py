@@ -11,8 +11,8 @@ from rich.table import Table
 from vtc.cli import Json, app, print_json
 from vtc.eval.bench.prompt import RunResult, run
 from vtc.eval.cli._options import Attention, Device, Dtype, Positions
-from vtc.eval.loading import load, open_image
 from vtc.eval.scenes.draw import draw_scene, questions
+from vtc.loading import load, open_image
 
 
 @app.command("run")

@@ -25,8 +25,8 @@ from vtc.eval.cli._options import (
 )
 from vtc.eval.cli._progress import bench_with_progress
 from vtc.eval.data import suites
-from vtc.eval.loading import load
 from vtc.eval.results.file import read
+from vtc.loading import load
 
 
 @app.command("tune")

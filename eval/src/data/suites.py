@@ -14,8 +14,8 @@ from typing import Any, Literal
 from PIL import Image
 
 from vtc.errors import InputError
-from vtc.eval.loading import open_image
 from vtc.eval.scenes.draw import scene_suite
+from vtc.loading import open_image
 
 #: appended to questions for models that were not trained on one-word answers
 ONE_WORD = "Answer the question using a single word or phrase."

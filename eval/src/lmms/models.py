@@ -16,7 +16,7 @@ import torch
 from vtc.errors import EvaluationError, MissingExtraError, UnsupportedModelError
 from vtc.eval.lmms.timings import columns, flat
 from vtc.eval.lmms.watch import Watch, must_not_be_swallowed
-from vtc.eval.loading import embedded_path
+from vtc.loading import embedded_path
 from vtc.spec import parse
 
 #: lmms-eval's model id -> `config.model_type` of the stock classes that it loads

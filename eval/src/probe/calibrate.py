@@ -15,7 +15,7 @@ from vtc.adapter import adapter_for
 from vtc.errors import InputError, unknown_name
 from vtc.eval.bench.accuracy import Prepared
 from vtc.eval.data import suites
-from vtc.eval.loading import Loaded
+from vtc.loading import Loaded
 from vtc.methods.dymu import ThresholdFinder
 
 Inputs = Mapping[str, Any]
