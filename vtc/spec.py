@@ -1,30 +1,18 @@
-"""The spec language: methods as one string.
-
-    spec    = segment *( "+" segment )
-    segment = slug [ "@" value ] [ ":" budget ] [ "(" option *( "," option ) ")" ]
-    budget  = 64 | 0.25 | 25%
-    option  = name "=" value            tuples are written with "|": layers=8|16|24
+"""The spec language: methods as one string, written as `vtc.grammar` says.
 
 "@" sets the field that the method names as its place (`dart@2` is `dart(layer=2)`). Stages compose in the order of
 their sites, whatever the order of the segments.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from typing import Any
 
+from vtc.budget import Budget
 from vtc.catalogue.registry import create, method_class
 from vtc.errors import SpecError
+from vtc.grammar import Segment, segments
 from vtc.stages import Method
-from vtc.tokens import Budget
-
-_SEGMENT = re.compile(
-    r"^(?P<slug>[A-Za-z][A-Za-z0-9_-]*)"
-    r"(?:@(?P<at>[^:()\s]+))?"
-    r"(?::(?P<budget>[^()\s]+))?"
-    r"(?:\((?P<options>[^()]*)\))?$"
-)
 
 
 def parse(
@@ -43,7 +31,7 @@ def parse(
     if isinstance(spec, Method):
         found = [spec]
     elif isinstance(spec, str):
-        found = [_segment(text) for text in _split(spec)]
+        found = [_method(segment) for segment in segments(spec)]
     else:
         found = list(spec)
         if not found or not all(isinstance(method, Method) for method in found):
@@ -66,38 +54,18 @@ def format_spec(methods: "Method | Iterable[Method]") -> str:
     return " + ".join(_format(method) for method in methods)
 
 
-def _split(spec: str) -> list[str]:
-    if not spec.strip():
-        raise SpecError("the spec string is empty. Write for example 'visionzip:64' or 'fastervlm:128 + dart@2:64'.")
-    # "+" inside parentheses belongs to an option
-    return [part.strip() for part in re.split(r"\+(?![^(]*\))", spec)]
-
-
-def _segment(text: str) -> Method:
-    match = _SEGMENT.match(text)
-    if match is None:
-        raise SpecError(f"cannot read {text!r}. Write slug[@place][:budget][(name=value, ...)], e.g. 'dart@2:64'.")
-    cls = method_class(match["slug"])
-    options: dict[str, Any] = {}
-    if match["at"] is not None:
+def _method(segment: Segment) -> Method:
+    cls = method_class(segment.slug)
+    options: dict[str, Any] = dict(segment.options)
+    if segment.at is not None:
         if cls.at is None:
             raise SpecError(f"method {cls.slug!r} has no place to set with '@'. Write '{cls.slug}' alone.")
-        options[cls.at] = match["at"]
-    if match["budget"] is not None:
-        options["budget"] = Budget.of(match["budget"])
-    for item in filter(None, (part.strip() for part in (match["options"] or "").split(","))):
-        name, sign, value = (part.strip() for part in item.partition("="))
-        if not sign or not name or not value:
-            raise SpecError(f"option {item!r} of {text!r} is not of the form name=value.")
-        if name in options:
-            raise SpecError(f"option {name!r} of {text!r} is given twice.")
-        options[name] = value
-    if "per" in options:
-        per = options.pop("per")
-        if "budget" not in options:
-            raise SpecError(f"{text!r} says per={per} without a budget. Write '{cls.slug}:64(per={per})'.")
-        chosen = options["budget"]
-        options["budget"] = Budget(tokens=chosen.tokens, ratio=chosen.ratio, per=per)
+        if cls.at in options:
+            raise SpecError(f"option {cls.at!r} of method {cls.slug!r} is given twice: '@' sets it too.")
+        options[cls.at] = segment.at
+    if "budget" in options and segment.budget is not None:
+        raise SpecError(f"option 'budget' of method {cls.slug!r} is given twice: ':' sets it too.")
+    options.setdefault("budget", segment.budget)
     return create(cls.slug, **options)
 
 
