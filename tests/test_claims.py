@@ -65,4 +65,4 @@ def test_published_numbers_are_not_inherited():
         assert vtc.describe("visionzip")["headline"]
         assert vtc.describe("derived-visionzip")["headline"] == ""
     finally:
-        del vtc.catalogue.registry._METHODS["derived-visionzip"]
+        del vtc.catalogue.registry.METHODS["derived-visionzip"]

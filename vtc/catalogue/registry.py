@@ -1,19 +1,24 @@
 """The list of methods: a plain dict filled by explicit imports.
 
-Everything that lists methods (CLI, tables, demo, conformance suite) reads it from here.
+Everything that lists methods (CLI, tables, demo, conformance suite) reads it from here. The package of our own methods
+is named, not imported: its modules import `register`.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from vtc.catalogue.names import METHODS
 from vtc.errors import SpecError, unknown_name
 from vtc.stages import Method, Stage
 from vtc.tokens import Budget
 
 FIDELITIES = ("golden", "paper", "reconstructed", "control")
 
-_METHODS: dict[str, type[Method]] = {}
+#: the package whose import registers our methods
+METHOD_PACKAGE = "vtc.methods"
+
 M = TypeVar("M", bound=type[Method])
 
 
@@ -23,6 +28,7 @@ def register(cls: M) -> M:
     Raises:
         SpecError: the slug is taken, or a declaration is missing.
     """
+    _load()
     for attribute in ("slug", "steps", "fidelity"):
         if not hasattr(cls, attribute):
             raise SpecError(f"method class {cls.__name__} does not declare {attribute!r}.")
@@ -30,16 +36,17 @@ def register(cls: M) -> M:
         raise SpecError(f"{cls.__name__}.fidelity={cls.fidelity!r}: use one of {', '.join(FIDELITIES)}.")
     if cls.paper is None and cls.fidelity != "control":
         raise SpecError(f"{cls.__name__} has no paper and is no control: declare paper=Paper(title, arxiv).")
-    taken = _METHODS.get(cls.slug)
+    taken = METHODS.get(cls.slug)
     if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
         raise SpecError(f"method {cls.slug!r} is already registered by {taken.__module__}. Choose another slug.")
-    _METHODS[cls.slug] = cls
+    METHODS[cls.slug] = cls
     return cls
 
 
 def methods() -> tuple[str, ...]:
     """The slugs of all registered methods, sorted."""
-    return tuple(sorted(_METHODS))
+    _load()
+    return tuple(sorted(METHODS))
 
 
 def method_class(slug: str) -> type[Method]:
@@ -48,9 +55,11 @@ def method_class(slug: str) -> type[Method]:
     Raises:
         SpecError: there is none; the nearest name is suggested.
     """
-    if slug not in _METHODS:
-        raise unknown_name("method", slug, _METHODS, "vtc methods")
-    return _METHODS[slug]
+    _load()
+    if slug not in METHODS:
+        raise unknown_name("method", slug, METHODS, "vtc methods")
+    cls: type[Method] = METHODS[slug]
+    return cls
 
 
 def create(slug: str, **options: Any) -> Method:
@@ -126,6 +135,11 @@ def declared(slug: str) -> dict[str, Any]:
         "defaults": dict(cls.defaults),
         "options": {f.name: f.default for f in dataclasses.fields(cls) if f.name != "budget"},
     }
+
+
+def _load() -> None:
+    """Register our methods, before any other: a slug that they bear is taken."""
+    importlib.import_module(METHOD_PACKAGE)
 
 
 def _places(stages: Sequence[Stage]) -> list[str]:

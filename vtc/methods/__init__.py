@@ -1,5 +1,12 @@
-"""Every method, one file each. Importing this package registers them."""
+"""Every method, one file each. Importing this package registers them.
 
+Called, the package lists them: `vtc.methods()`.
+"""
+
+import sys
+from types import ModuleType
+
+from vtc.catalogue import registry
 from vtc.methods.aim import AIM
 from vtc.methods.cdpruner import CDPruner
 from vtc.methods.dart import DART
@@ -87,3 +94,12 @@ __all__ = [
     "VisPruner",
     "VisionZip",
 ]
+
+
+class _Methods(ModuleType):
+    # the import system sets this package as the attribute `vtc.methods`, where users find the list of slugs
+    def __call__(self) -> tuple[str, ...]:
+        return registry.methods()
+
+
+sys.modules[__name__].__class__ = _Methods
