@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vtc.catalogue.tables import methods_page, models_table, signals_table, steps_table
 from vtc.engine.host import contract
@@ -30,6 +31,15 @@ def test_every_file_that_is_named_exists(page):
     """Pages say where things are; files move."""
     named = re.findall(r"`((?:vtc|adapters|kernels|eval|tests|scripts|docs)/[\w./-]*\w)`", page.read_text("utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_first_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert "vtc.eval" not in example
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert "visionzip:64 on llava" in capsys.readouterr().out
 
 
 def test_the_page_of_methods_is_up_to_date():

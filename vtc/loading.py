@@ -102,7 +102,7 @@ def load(
     return Loaded(EMBEDDED if name is None else name, model.eval(), processor)
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """The image at `path` in RGB.
 
     Raises:
