@@ -10,6 +10,7 @@ import vtc
 from vtc.adapter import adapter_for
 from vtc.catalogue.capabilities import REFUSED, capabilities, describe_adapter, method_families
 from vtc.cli import app
+from vtc.engine.llm import rows
 from vtc.engine.plan import CAPTURED
 from vtc.stages import SITES
 from vtc.testing import families, tiny
@@ -118,10 +119,8 @@ class TestOracle:
 
     def test_a_wrong_model_is_found(self, monkeypatch):
         """An engine that keeps one column too few differs by far more than the limit."""
-        compact = vtc.engine.llm.forward.compact_columns
-        monkeypatch.setattr(
-            vtc.engine.llm.forward, "compact_columns", lambda keep, counts: compact(keep, counts).roll(1, 1)
-        )
+        compact = rows.compact
+        monkeypatch.setattr(rows, "compact", lambda keep, counts: compact(keep, counts).roll(1, 1))
         worst = worst_difference("llava", specs=SPECS[:1], attention=("sdpa",))
         assert worst.difference > 100 * LIMIT
 
