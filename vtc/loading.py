@@ -10,6 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from vtc.errors import InputError, UnsupportedModelError
+from vtc.settings import check_attention, check_device, check_dtype, check_model
 
 #: folder in `vtc.model_cards` of the model that needs no download
 EMBEDDED = "scenes-llava"
@@ -75,8 +76,13 @@ def load(
         attention: attn_implementation; None: the model's default.
 
     Raises:
-        UnsupportedModelError: it cannot be loaded.
+        SpecError: device, dtype or attention is misspelled, or there is no such device; nothing was loaded then.
+        UnsupportedModelError: the model cannot be loaded.
     """
+    check_model(name)
+    check_dtype(dtype)
+    check_attention(attention)
+    check_device(device)
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 

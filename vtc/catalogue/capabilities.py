@@ -18,11 +18,9 @@ from vtc.companion import ClipCompanion, in_clip
 from vtc.engine.plan import CAPTURED
 from vtc.engine.planning import make_plan
 from vtc.errors import VTCError
+from vtc.settings import POSITIONS
 from vtc.stages import SITES, Method, Signal, Site, Stage, drop, nothing
 from vtc.tokens import Budget
-
-#: position policies, as `vtc.patch` takes them
-POSITIONS = ("original", "compact", "renumber")
 
 #: ways of generating that are tested against the masked full model on every family (tests/adapters)
 GENERATION = (

@@ -1,5 +1,6 @@
 """Everything that a model, a version or a combination cannot do, refused before anything changes."""
 
+from vtc import settings
 from vtc.adapter import Adapter
 from vtc.companion import ClipCompanion, in_clip
 from vtc.engine.host import names
@@ -110,8 +111,7 @@ def check_together(adapter: Adapter, steps: list[Step]) -> None:
 
 
 def check_positions(adapter: Adapter, positions: str) -> None:
-    if positions not in ("original", "compact", "renumber"):
-        raise SpecError(f"positions={positions!r} is unknown. Use 'original', 'compact', 'renumber' or 'auto'.")
+    settings.check_positions(positions)
     if positions != "original" and adapter.multimodal_positions:
         raise UnsupportedFeatureError(
             f"positions={positions!r} has no meaning for {adapter.family}, whose positions are places on the image "
