@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from vtc.catalogue.registry import register
 from vtc.kernels import cosine_match
 from vtc.options import Within
 from vtc.primitives import density_centers, keep_where, mean_merge, settled, slot_of, take_rows, topk_keep
