@@ -75,3 +75,4 @@ def test_what_is_cut_twice_is_counted_once():
         assert cut.grown(held + 2).layers[1].columns[0, -3:].tolist() == [
             memory.length - 2, memory.length, memory.length + 1
         ]  # fmt: skip
+        assert cut.grown(held + 2).layers[1].places[0, -2:].tolist() == [held, held + 1]
