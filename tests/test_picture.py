@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torch import nn
-from vtc.eval.run import run
 
 import vtc
 from vtc import errors
 from vtc.adapter import Picture, adapter_for
+from vtc.eval.bench.prompt import run
 from vtc.loading import Loaded, load
 from vtc.picture import BACKGROUND, DROPPED, GAP, TINT, arrange, cell, draw, pictures
 from vtc.testing import families, tiny
