@@ -28,13 +28,14 @@ from vtc.errors import (
 
 if TYPE_CHECKING:
     from vtc import primitives
-    from vtc.adapter import Adapter, register_adapter
+    from vtc.adapter import Adapter, Picture, register_adapter
     from vtc.catalogue.capabilities import describe
     from vtc.catalogue.registry import create, from_dict, methods, register
     from vtc.companion import ClipCompanion
     from vtc.encoder_report import EncoderReport
     from vtc.engine.patch import EncoderHandle, Handle, compress, compress_encoder, patch, patch_encoder
     from vtc.loading import Loaded, load, open_image
+    from vtc.picture import draw, pictures
     from vtc.report import Report
     from vtc.spec import format_spec, parse
     from vtc.stages import Drop, Freeze, Links, Method, Paper, Park, Repeat, Signal, Site, Stage, Weigh
@@ -60,6 +61,7 @@ __all__ = [
     "MissingExtraError",
     "Paper",
     "Park",
+    "Picture",
     "Repeat",
     "Report",
     "Signal",
@@ -79,6 +81,7 @@ __all__ = [
     "compress_encoder",
     "create",
     "describe",
+    "draw",
     "format_spec",
     "from_dict",
     "load",
@@ -87,6 +90,7 @@ __all__ = [
     "parse",
     "patch",
     "patch_encoder",
+    "pictures",
     "primitives",
     "register",
     "register_adapter",
@@ -94,13 +98,14 @@ __all__ = [
 
 #: module -> what is imported from it on first use; `methods` and `primitives` are packages and found as such
 _LAZY = {
-    "vtc.adapter": ("Adapter", "register_adapter"),
+    "vtc.adapter": ("Adapter", "Picture", "register_adapter"),
     "vtc.catalogue.capabilities": ("describe",),
     "vtc.catalogue.registry": ("create", "from_dict", "register"),
     "vtc.companion": ("ClipCompanion",),
     "vtc.encoder_report": ("EncoderReport",),
     "vtc.engine.patch": ("EncoderHandle", "Handle", "compress", "compress_encoder", "patch", "patch_encoder"),
     "vtc.loading": ("Loaded", "load", "open_image"),
+    "vtc.picture": ("draw", "pictures"),
     "vtc.report": ("Report",),
     "vtc.spec": ("format_spec", "parse"),
     "vtc.stages": ("Drop", "Freeze", "Links", "Method", "Paper", "Park", "Repeat", "Signal", "Site", "Stage", "Weigh"),

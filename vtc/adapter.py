@@ -4,6 +4,7 @@ The engine asks an adapter where things are; the adapter never decides or change
 lives in `vtc.adapters`; those modules are imported by name on first use, so the core does not depend on them.
 """
 
+import functools
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -315,7 +316,7 @@ class Adapter(ABC):
     def final_norm(self) -> nn.Module:
         """The norm after the last decoder layer."""
 
-    @property
+    @functools.cached_property
     @abstractmethod
     def encoders(self) -> tuple[Encoder, ...]:
         """One entry per modality."""

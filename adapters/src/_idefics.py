@@ -4,6 +4,7 @@ The encoder gets the tiles of each prompt without knowing to which image they be
 image count. `tower_out` acts between the pixel shuffle and the projection.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,7 @@ class IdeficsAdapter(LlamaAdapter):
     def language_model(self) -> Any:
         return self.inner.text_model
 
-    @property
+    @functools.cached_property
     def encoders(self) -> tuple[Encoder, ...]:
         return (
             vit_encoder(

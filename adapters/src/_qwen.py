@@ -3,6 +3,7 @@
 Patches come in blocks of merge x merge, each block one token of the LLM, so `tower_out` acts on what leaves the merger.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ class QwenAdapter(LlamaAdapter):
     multimodal_positions = True
     later_pixels_since = "5.23"  # before, the stock model reads new pixels on a cache unlike the same in one turn
 
-    @property
+    @functools.cached_property
     def encoders(self) -> tuple[Encoder, ...]:
         config = self.model.config
         return (

@@ -3,6 +3,7 @@
 The projector averages patches before it projects, so `tower_out` acts on what leaves it.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ class Gemma3Adapter(LlamaAdapter):
     def layer_attention(self, index: int) -> Attention:
         return decoder_attention(self.layers[index], heads_first=True)
 
-    @property
+    @functools.cached_property
     def encoders(self) -> tuple[Encoder, ...]:
         return (
             vit_encoder(

@@ -4,6 +4,7 @@ The encoder gets tiles without knowing to which image they belong, so a tile is 
 `tower_out` acts between the pixel shuffle and the projector.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,7 @@ class InternVLAdapter(LlamaAdapter):
     model_types = ("internvl",)
     checkpoints = ("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3_5-8B-HF")
 
-    @property
+    @functools.cached_property
     def encoders(self) -> tuple[Encoder, ...]:
         config = self.model.config
         return (

@@ -1,5 +1,6 @@
 """LLaVA-1.5: one image of a fixed grid per placeholder run, a CLIP (or SigLIP) tower, a Llama-shaped LLM."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ class LlavaAdapter(LlamaAdapter):
     model_types = ("llava",)
     checkpoints = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
 
-    @property
+    @functools.cached_property
     def encoders(self) -> tuple[Encoder, ...]:
         config = self.model.config
         return (

@@ -4,6 +4,7 @@
 the stages. A newline stays exactly if a token of its row stays.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ class LlavaNextAdapter(LlamaAdapter):
         "llava-hf/llava-v1.6-mistral-7b-hf",
     )
 
-    @property
+    @functools.cached_property
     def encoders(self) -> tuple[Encoder, ...]:
         return (self.image_encoder,)
 

@@ -1,5 +1,6 @@
 """LLaVA-NeXT-Video: images as LLaVA-NeXT; frames of a video pooled 2x2 before the projector, without newlines."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     model_types = ("llava_next_video",)
     checkpoints = ("llava-hf/LLaVA-NeXT-Video-7B-hf", "llava-hf/LLaVA-NeXT-Video-7B-DPO-hf")
 
-    @property
+    @functools.cached_property
     def encoders(self) -> tuple[Encoder, ...]:
         video = replace(
             self.image_encoder,

@@ -5,6 +5,7 @@ signals go through the host's own packing. Newlines stay exactly if a token of t
 a video, or behind an untiled image, always stays.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ class LlavaOnevisionAdapter(LlamaAdapter):
     model_types = ("llava_onevision",)
     checkpoints = ("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava-hf/llava-onevision-qwen2-7b-ov-hf")
 
-    @property
+    @functools.cached_property
     def encoders(self) -> tuple[Encoder, ...]:
         config = self.model.config
         return (

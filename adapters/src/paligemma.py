@@ -1,5 +1,6 @@
 """PaliGemma 1 and 2: SigLIP patches, one linear projection, a prompt that is bidirectional as a whole."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ class PaliGemmaAdapter(LlamaAdapter):
     masks_outside = True
     bidirectional_prompt = True
 
-    @property
+    @functools.cached_property
     def encoders(self) -> tuple[Encoder, ...]:
         return (
             vit_encoder(

@@ -1,5 +1,6 @@
 """Video-LLaVA: two CLIP towers, one for images and one for frames; frames keep their [CLS] among the tokens."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ class VideoLlavaAdapter(LlamaAdapter):
     model_types = ("video_llava",)
     checkpoints = ("LanguageBind/Video-LLaVA-7B-hf",)
 
-    @property
+    @functools.cached_property
     def encoders(self) -> tuple[Encoder, ...]:
         config = self.model.config
         default = config.vision_feature_select_strategy == "default"

@@ -13,7 +13,7 @@ from vtc.engine.llm.forward import FORWARD
 from vtc.engine.patch import active_on
 from vtc.engine.vision import signals as tower_signals
 from vtc.engine.vision.call import ENCODE
-from vtc.testing.tiny import tiny
+from vtc.testing.tiny import families, tiny
 
 
 def fingerprint(model):
@@ -166,3 +166,11 @@ def test_a_patch_lasts_without_its_handle(sdpa_llava):
     with vtc.compress(sdpa_llava.model, "random:4"):
         pass
     active_on(sdpa_llava.model).remove()
+
+
+@pytest.mark.parametrize("family", families())
+def test_the_anatomy_is_read_once(family):
+    """Not anew at every generated token, where it was walked through each time."""
+    with vtc.compress(tiny(family).model, "random:6") as handle:
+        assert handle._adapter.encoders is handle._adapter.encoders
+        assert handle._plan.tower is handle._plan.tower
