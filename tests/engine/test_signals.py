@@ -11,7 +11,6 @@ from vtc import errors
 from vtc.adapter import adapter_for
 from vtc.engine.host import names
 from vtc.engine.plan import CAPTURED, source_layer
-from vtc.engine.vision.signals import MADE_OF
 from vtc.primitives import topk_keep
 from vtc.signals import SIGNALS
 from vtc.stages import Method, Signal, Site, Stage
@@ -524,7 +523,6 @@ def test_what_cannot_be_read_is_refused(site, signal, message):
 def test_every_signal_has_a_site_and_every_site_declared_signals():
     captured = {name for names in CAPTURED.values() for name in names}
     assert captured <= set(SIGNALS)
-    assert set(MADE_OF) <= set(SIGNALS)
     assert all(source_layer(5, Signal(name)) in (4, 5) for name in ("keys", "layer_keys", "attention_output"))
     assert captured | {"text_mask", "visual_mask"} == set(SIGNALS)
 

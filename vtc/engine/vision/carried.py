@@ -4,33 +4,22 @@ import torch
 from torch import Tensor
 
 from vtc.adapter import Adapter, Packing
-from vtc.engine.plan import TEXT, Plan
+from vtc.engine.plan import Plan
 from vtc.engine.vision.call import EncodeState
-from vtc.engine.vision.signals import signal
+from vtc.engine.vision.signals import READERS, Reading
 
 
 def of_images(adapter: Adapter, plan: Plan, state: EncodeState) -> dict[tuple[str, int], Tensor]:
     """What is carried of one encoder call: [images, slots] or [images, slots, E] by signal and layer."""
     found: dict[tuple[str, int], Tensor] = {}
     for one in plan.carried:
-        if one.name == TEXT or state.encoder.lacks(one.name, one.layer) is not None:
-            continue
-        value = _image_embeds(plan, state) if one.name == "clip_image_embeds" else signal(state, one)
-        assert value is not None
+        if one.name not in READERS or state.encoder.lacks(one.name, one.layer) is not None:
+            continue  # it is not of images, or not of these
+        value = READERS[one.name](Reading(state, one, companion=plan.companion))
         if state.decided is not None:  # of a smaller grid
             value = _at(state.decided.anchor, value, state.decided.num_tokens)
         found[one.name, one.layer] = _slots(value, adapter.packing(state.encoder, state.arguments))
     return found
-
-
-def reads_features(plan: Plan) -> bool:
-    """Whether what enters the projector is needed as it is."""
-    return any(one.name == "clip_image_embeds" for one in plan.carried)
-
-
-def _image_embeds(plan: Plan, state: EncodeState) -> Tensor:
-    assert plan.companion is not None and state.features is not None
-    return plan.companion.image_embeds(state.features)
 
 
 def _slots(value: Tensor, packing: Packing | None) -> Tensor:

@@ -26,10 +26,9 @@ from vtc.engine.vision import carried, pixels
 from vtc.engine.vision import signals as tower_signals
 from vtc.engine.vision import tower as tower_groups
 from vtc.engine.vision.call import ENCODE, EncodeState, state_of
-from vtc.engine.vision.tiles import Groups, take_signal
+from vtc.engine.vision.tiles import Groups
 from vtc.errors import SignalUnavailableError, UnsupportedFeatureError
 from vtc.indices import take
-from vtc.stages import Signal
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout, Tokens
 
@@ -40,9 +39,6 @@ def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
         signature = inspect.signature(getattr(adapter.inner, encoder.method))
         undo.override(adapter.inner, functools.partial(_encode, adapter, plan, encoder, signature), encoder.method)
         tower_signals.capture(encoder, {*plan.signals("tower_out"), *plan.carried}, undo)
-        if carried.reads_features(plan):
-            assert encoder.features is not None
-            undo.before(encoder.features, functools.partial(_note_features, encoder))
         pixels.attach(plan, encoder, undo)
         if encoder.features is not None and (plan.at("tower_out") or plan.at("pixels") or plan.tower):
             features = functools.partial(_compress_features, adapter, plan, encoder)
@@ -85,13 +81,6 @@ def _encode(
         encoded = Encoded(plan, lengths, layout, state.token_map, state.seconds, inside, signals)
         hand_over(encoder.modality, output, encoded)
     return output
-
-
-def _note_features(encoder: Encoder, module: nn.Module, args: Any) -> None:
-    """Pre-hook of the projector, before any compression."""
-    state = state_of(encoder)
-    if state is not None:
-        state.features = args[0]
 
 
 def _compress_features(adapter: Adapter, plan: Plan, encoder: Encoder, module: nn.Module, args: Any) -> Any:
@@ -182,10 +171,11 @@ def _decide(
         covers_all = all(k >= n for k, n in zip(wanted, lengths, strict=True))
         if total is None and covers_all and "adaptive" not in step.method.tags:
             continue  # nothing is touched, so the features stay bit for bit
-        signals = _signals(state, groups, step.stage.signals, total)
+        signals = tower_signals.collect(state, groups, step.stage.signals, total)
+        cls = signals.pop("cls_hidden", None)
         tokens = Tokens(x, lengths, layout, signals, budget=wanted)
-        if any(signal.name == "cls_hidden" for signal in step.stage.signals):
-            tokens = _with_cls(tokens, state, encoder, groups)
+        if cls is not None:
+            tokens = _with_cls(tokens, cls)
         token_map = run_step(step, tokens)
         x = token_map.apply(tokens.x)
         token_map = _without_prefix(token_map, tokens.num_prefix)
@@ -201,34 +191,9 @@ def _square(x: Tensor) -> Layout | None:
     return Layout.grid(side, side, x.shape[0], device=x.device) if side * side == x.shape[1] else None
 
 
-def _signals(
-    state: EncodeState, groups: Groups, wanted: tuple[Signal, ...], total: TokenMap | None
-) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    with_cls = any(one.name == "cls_hidden" for one in wanted)
-    for one in wanted:
-        if one.name == "tile":
-            found[one.name] = groups.tile()
-            continue
-        value = tower_signals.signal(state, one)
-        if value is None:
-            continue
-        if one.name == "cls_query":
-            found[one.name] = value[groups.rows]
-            continue
-        value = groups.take(value)
-        if total is not None:
-            value = take_signal(value, total.anchor)
-        if one.name == "keys" and with_cls:
-            value = torch.cat([tower_signals.prefix_keys(state, one.layer)[groups.rows], value], dim=2)
-        found[one.name] = value
-    return found
-
-
-def _with_cls(tokens: Tokens, state: EncodeState, encoder: Encoder, groups: Groups) -> Tokens:
-    """The same tokens with the [CLS] of the feature layers in front."""
-    hidden = [state.captured[f"hidden{i}"][groups.rows, :1] for i in range(len(encoder.feature_layers))]
-    x = torch.cat([torch.cat(hidden, dim=-1), tokens.x], dim=1)
+def _with_cls(tokens: Tokens, cls: Float[Tensor, "G 1 D"]) -> Tokens:
+    """The same tokens with [CLS] in front."""
+    x = torch.cat([cls, tokens.x], dim=1)
     layout = tokens.layout
     if layout is not None:
         layout = layout.map(lambda part: nn.functional.pad(part, (1, 0), value=-1))

@@ -11,7 +11,6 @@ that whatever comes behind sees stock shapes; which of them go on is decided by 
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,10 +25,11 @@ from vtc.engine.host import names
 from vtc.engine.host.halves import is_silent, silence, silenced
 from vtc.engine.host.override import Undo
 from vtc.engine.plan import Step
+from vtc.engine.vision.block import READERS, Block
 from vtc.engine.vision.tiles import take_signal
 from vtc.errors import SpecError, UnsupportedFeatureError
 from vtc.indices import take
-from vtc.kernels import attention_rows, received_attention
+from vtc.signals import SIGNALS
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout, Tokens
 
@@ -125,7 +125,7 @@ class Passage:
                     x[self.rows, :width] if self.visible is not None else x[:, :width],
                     self.lengths,
                     self.layout,
-                    self._of_step(step, signals, local),
+                    self._of_step(step, attention, signals, local),
                     num_prefix=self.prefix,
                     budget=wanted,
                 )
@@ -250,48 +250,35 @@ class Passage:
         rows[self.rows] = torch.where(index < seen[self.rows], inside, rows[self.rows])
         return torch.empty_like(rows).scatter(1, self._order, rows)
 
+    def _block(self, attention: Attention) -> Block:
+        """The block that is running, as readers of signals see it."""
+        bias = self._bias if self._proportional else None
+        width = self.prefix + max(self.lengths)
+        return Block(attention, self.captured, self.rows, width, self._ends(self.lengths), bias, self._sizes)
+
     def _signals(self, index: int, attention: Attention) -> dict[str, Tensor]:
         """What the stages at block `index` read of its attention, for the rows that they see."""
-        found: dict[str, Tensor] = {}
+        block = self._block(attention)
         needed = {signal.name for step in self.steps[index] for signal in step.stage.signals}
-        width = self.prefix + max(self.lengths)
-        queries = keys = torch.empty(0)
-        if "key" in self.captured:
-            keys = attention.split_keys(self.captured["key"])
-        if "query" in self.captured:
-            # logits are q.k / sqrt(d) for whoever reads them, whatever factor this tower has
-            queries = attention.split_queries(self.captured["query"])
-            if not math.isclose(attention.scale, attention.head_dim**-0.5):
-                queries = queries * (attention.scale * attention.head_dim**0.5)
-        if "keys" in needed:
-            found["keys"] = keys[self.rows, :, :width]
-        if "queries" in needed:
-            found["queries"] = queries[self.rows, :, :width]
-        if needed & {"cls_attention", "received_attention"}:
-            seen, biased, plain = self._attended(queries, keys)
-            if "cls_attention" in needed:
-                row = attention_rows(biased[:, :, :1], plain, mask=seen, scale=attention.head_dim**-0.5)
-                found["cls_attention"] = row[self.rows, 0, :width]
-            if "received_attention" in needed:
-                segments = torch.where(seen, 0, -1)
-                received = received_attention(biased, plain, segments=segments, scale=attention.head_dim**-0.5)
-                found["received_attention"] = received[self.rows, :width]
+        found = {name: READERS[name](block) for name in sorted(needed) if SIGNALS[name].of}
         self.captured.clear()
         return found
 
-    def _of_step(self, step: Step, signals: Mapping[str, Tensor], local: TokenMap | None) -> dict[str, Tensor]:
-        """The signals of one stage: "keys", "queries" and "sizes" with the prefix, the others without it."""
+    def _of_step(
+        self, step: Step, attention: Attention, signals: Mapping[str, Tensor], local: TokenMap | None
+    ) -> dict[str, Tensor]:
+        """The signals of one stage: those of the attention in `signals`, the others as they are by now."""
         found = {}
         if step.stage.carry in self._carried:
             found["carried"] = self._carried[step.stage.carry]
         for signal in step.stage.signals:
-            if signal.name == "sizes":
-                found["sizes"] = self._sizes()
-                continue
-            value = signals[signal.name]
-            if local is not None:
-                value = take_signal(value, local.anchor)
-            found[signal.name] = value if value.dim() == 4 else value[:, self.prefix :]
+            if signal.name not in signals:
+                value = READERS[signal.name](self._block(attention))
+            elif local is None:
+                value = signals[signal.name]
+            else:
+                value = take_signal(signals[signal.name], local.anchor)
+            found[signal.name] = value if SIGNALS[signal.name].prefix else value[:, self.prefix :]
         return found
 
     def _sizes(self) -> Float[Tensor, "G N"]:
@@ -299,17 +286,6 @@ class Passage:
         if self.token_map is None:
             return torch.ones(len(self.lengths), width, device=self.device)
         return self.token_map.sizes()[:, :width]
-
-    def _attended(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which rows are tokens, and queries and keys whose products hold the bias of the running block."""
-        ends = torch.tensor(self._ends(self.lengths), device=keys.device)
-        seen = torch.arange(keys.shape[2], device=keys.device) < ends[:, None]
-        if not self._proportional or self._bias is None:
-            return seen, queries, keys
-        # one more dimension: 1 in the query times bias * sqrt(d) in the key
-        bias = self._bias[:, :, 0].masked_fill(~seen[:, None], 0) * queries.shape[-1] ** 0.5
-        bias = bias.expand(-1, keys.shape[1], -1)[..., None].to(keys.dtype)
-        return seen, torch.cat([queries, torch.ones_like(queries[..., :1])], -1), torch.cat([keys, bias], -1)
 
     def _per_tile(self, lengths: Sequence[int]) -> list[int]:
         """`lengths` of the groups for each tile; 0 where a tile has no group."""
@@ -357,17 +333,11 @@ def attach(
             undo.override(halves.mlp, functools.partial(silenced, halves.mlp, False))
             run = functools.partial(_run_block, index, halves, attention, running, start)
             undo.override(block, run)
-            needed = {signal.name for step in steps[index] for signal in step.stage.signals}
+            needed = {part for step in steps[index] for one in step.stage.signals for part in SIGNALS[one.name].of}
             for part, module in (("query", attention.query), ("key", attention.key)):
-                if needed & _NEEDS[part]:
+                if part in needed:
                     undo.after(module, functools.partial(_record, part, running, attention.project is not None))
     undo.after(tower, functools.partial(_restore, running))
-
-
-_NEEDS = {
-    "query": {"queries", "cls_attention", "received_attention"},
-    "key": {"keys", "cls_attention", "received_attention"},
-}
 
 
 def _run_block(

@@ -6,6 +6,7 @@ place of its anchor on the stock grid, so that packing and placeholder counts of
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from vtc.engine.decide import budgets, run_step, stopwatch
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
 from vtc.engine.plan import Plan, Step
+from vtc.engine.readers import Readers
 from vtc.engine.vision.call import EncodeState, state_of
 from vtc.errors import UnsupportedFeatureError
 from vtc.tokens import Layout, Tokens
+
+READERS: Readers[Callable[[Resize, Tensor], Tensor]] = Readers()
 
 
 def attach(plan: Plan, encoder: Encoder, undo: Undo) -> None:
@@ -62,8 +66,8 @@ def _decide(step: Step, resize: Resize, state: EncodeState, image: Tensor) -> tu
     patches = pixel_unshuffle(image[..., : full[0] * side, : full[1] * side], side).flatten(2).transpose(1, 2)
     lengths = (full[0] * full[1],) * len(image)
     wanted = budgets(step.budget, tuple((n,) for n in lengths), lengths, layout)
-    square = torch.full((len(image),), resize.square, device=image.device)
-    token_map = run_step(step, Tokens(patches, lengths, layout, {"square_grid": square}, budget=wanted))
+    signals = {signal.name: READERS[signal.name](resize, image) for signal in step.stage.signals}
+    token_map = run_step(step, Tokens(patches, lengths, layout, signals, budget=wanted))
     anchors = token_map.anchor[:, : token_map.lengths[0]]
     # one wait for the device: which grid was chosen
     grid = len(layout.row[0][anchors[0]].unique()), len(layout.col[0][anchors[0]].unique())
@@ -75,3 +79,8 @@ def _decide(step: Step, resize: Resize, state: EncodeState, image: Tensor) -> tu
     if grid != full:
         state.decided = token_map
     return grid
+
+
+@READERS.reads("square_grid")
+def _square_grid(resize: Resize, image: Tensor) -> Tensor:
+    return torch.full((len(image),), resize.square, device=image.device)

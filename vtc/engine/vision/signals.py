@@ -6,39 +6,39 @@ let go when the block is done unless a stage reads it as it is.
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Encoder
+from vtc.companion import ClipCompanion
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
 from vtc.engine.host.rotary import rotate
+from vtc.engine.readers import Readers
 from vtc.engine.vision.call import EncodeState, state_of
+from vtc.engine.vision.tiles import Groups, take_signal
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import attention_rows, received_attention
+from vtc.signals import SIGNALS
 from vtc.stages import Signal
-
-#: what each signal is made of
-MADE_OF = {
-    "cls_attention": ("query", "key"),
-    "cls_attention_layers": ("query", "key"),
-    "cls_logits": ("query", "key"),
-    "cls_query": ("query",),
-    "keys": ("key",),
-    "low_keys": ("key",),
-    "received_attention": ("query", "key"),
-}
+from vtc.tokenmap import TokenMap
 
 
 def capture(encoder: Encoder, wanted: Iterable[Signal], undo: Undo) -> None:
     """Hook the modules that the signals `wanted` are made of; those that the encoder lacks are left to the stage."""
-    wanted = [s for s in wanted if encoder.lacks(s.name, s.layer) is None]
+    wanted = [one for one in wanted if encoder.lacks(one.name, one.layer) is None]
+    parts = {part for one in wanted for part in SIGNALS[one.name].of}
     needs: dict[int, set[str]] = {}
+    kept: set[str] = set()
     for one in wanted:
+        kind = SIGNALS[one.name]
         for block in blocks_of(encoder, one):
-            needs.setdefault(block, set()).update(MADE_OF.get(one.name, ()))
+            needs.setdefault(block, set()).update(kind.of)
+            if kind.block != "every":
+                kept.update(f"{part}{block}" for part in kind.of)
     for block, needed in sorted(needs.items()):
         attention, module = encoder.block_attention(block), _module(encoder, block)
         if "query" in needed:
@@ -48,53 +48,130 @@ def capture(encoder: Encoder, wanted: Iterable[Signal], undo: Undo) -> None:
             if encoder.rotary or encoder.segments is not None:
                 hook = functools.partial(_record_arguments, encoder, block)
                 undo.before(module, hook, with_kwargs=True)
-    kept = {
-        f"{part}{block}"
-        for one in wanted
-        if one.name != "cls_attention_layers"
-        for block in blocks_of(encoder, one)
-        for part in MADE_OF.get(one.name, ())
-    }
-    if any(one.name == "cls_attention_layers" for one in wanted):
+    if any(SIGNALS[one.name].block == "every" for one in wanted):
         for block in range(encoder.depth + 1):
             hook = functools.partial(_finish_block, encoder, block, kept)
             undo.after(_module(encoder, block), hook)
-    if any(one.name == "cls_hidden" for one in wanted):
+    if "hidden" in parts:
         for i, layer in enumerate(encoder.feature_layers):
             undo.after(layer, _record(encoder, f"hidden{i}"))
+    if "features" in parts:
+        assert encoder.features is not None
+        undo.before(encoder.features, functools.partial(_record_features, encoder))
 
 
 def blocks_of(encoder: Encoder, wanted: Signal) -> tuple[int, ...]:
     """The tower blocks that a signal is made of."""
-    if wanted.name not in MADE_OF:
-        return ()
-    if wanted.name == "cls_attention_layers":
-        return tuple(range(encoder.depth + 1))
-    return (wanted.layer if wanted.name == "low_keys" else encoder.depth + wanted.layer,)
+    match SIGNALS[wanted.name].block:
+        case "feature":
+            return (encoder.depth + wanted.layer,)
+        case "first":
+            return (wanted.layer,)
+        case "every":
+            return tuple(range(encoder.depth + 1))
+    return ()
 
 
-def signal(state: EncodeState, wanted: Signal) -> Tensor | None:
-    """A signal of the host's groups, their tokens in the last axis but for widths; None: it is none of the tower's."""
-    if wanted.name not in MADE_OF:
-        return None
-    encoder = state.encoder
-    skip = encoder.num_prefix if encoder.drops_prefix else 0
-    blocks = blocks_of(encoder, wanted)
-    block = blocks[-1]
-    if wanted.name == "cls_attention_layers":
-        value = torch.stack([_captured(state, f"cls{b}", b) for b in blocks], dim=1)[:, :, skip:]
-    elif wanted.name in ("cls_attention", "cls_logits"):
-        value = _cls_row(state, block, softmax=wanted.name == "cls_attention")[:, skip:]
-    elif wanted.name == "cls_query":
-        return encoder.block_attention(block).split_queries(_captured(state, f"query{block}", block))[:, :, 0]
-    elif wanted.name == "received_attention":
-        queries, keys = heads(state, "query", block), heads(state, "key", block)
-        segments = encoder.segments(state.blocks[block]) if encoder.segments is not None else None
-        scale = encoder.block_attention(block).scale
-        value = received_attention(queries, keys, segments=segments, scale=scale)[:, skip:]
-    else:
-        value = heads(state, "key", block)[:, :, skip:]
-    return _pooled(value, state)
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One signal of an encoder call.
+
+    Args:
+        state: the call.
+        wanted: the signal.
+        groups: whose tokens it is read for; None: the host's groups.
+        left: what is left of them; None: everything.
+        with_cls: whether [CLS] stands in front of the tokens.
+        companion: CLIP's joint space, where the plan has one.
+    """
+
+    state: EncodeState
+    wanted: Signal
+    groups: Groups | None = None
+    left: TokenMap | None = None
+    with_cls: bool = False
+    companion: ClipCompanion | None = None
+
+    @property
+    def block(self) -> int:
+        """The block, the last one of several, that makes the signal."""
+        return blocks_of(self.state.encoder, self.wanted)[-1]
+
+    def tokens(self, value: Tensor) -> Tensor:
+        """`value` of all patches, those in front included, for the tokens."""
+        skip, axis = _skipped(self.state.encoder), SIGNALS[self.wanted.name].axis
+        value = _pooled(value.narrow(axis, skip, value.shape[axis] - skip), self.state)
+        if self.groups is not None:
+            value = self.groups.take(value)
+        return value if self.left is None else take_signal(value, self.left.anchor)
+
+    def of_groups(self, value: Tensor) -> Tensor:
+        """`value` of the host's groups as a whole, for these."""
+        return value if self.groups is None else value[self.groups.rows]
+
+
+#: signals of the tokens at `tower_out`, and of those that are carried behind the encoder
+READERS: Readers[Callable[[Reading], Tensor]] = Readers()
+reads = READERS.reads
+
+
+def collect(state: EncodeState, groups: Groups, wanted: tuple[Signal, ...], left: TokenMap | None) -> dict[str, Tensor]:
+    """The signals that a stage at `tower_out` declares, for what is `left` of `groups`."""
+    with_cls = any(one.name == "cls_hidden" for one in wanted)
+    return {one.name: READERS[one.name](Reading(state, one, groups, left, with_cls)) for one in wanted}
+
+
+@reads("cls_attention", "cls_logits")
+def _cls(read: Reading) -> Tensor:
+    return read.tokens(_cls_row(read.state, read.block, softmax=read.wanted.name == "cls_attention"))
+
+
+@reads("cls_attention_layers")
+def _cls_layers(read: Reading) -> Tensor:
+    blocks = blocks_of(read.state.encoder, read.wanted)
+    return read.tokens(torch.stack([_captured(read.state, f"cls{block}", block) for block in blocks], dim=1))
+
+
+@reads("cls_query")
+def _cls_query(read: Reading) -> Tensor:
+    split = read.state.encoder.block_attention(read.block).split_queries
+    return read.of_groups(split(_captured(read.state, f"query{read.block}", read.block))[:, :, 0])
+
+
+@reads("cls_hidden")
+def _cls_hidden(read: Reading) -> Tensor:
+    layers = range(len(read.state.encoder.feature_layers))
+    return torch.cat([read.of_groups(read.state.captured[f"hidden{i}"][:, :1]) for i in layers], dim=-1)
+
+
+@reads("received_attention")
+def _received(read: Reading) -> Tensor:
+    state, encoder, block = read.state, read.state.encoder, read.block
+    segments = encoder.segments(state.blocks[block]) if encoder.segments is not None else None
+    scale = encoder.block_attention(block).scale
+    queries, keys = heads(state, "query", block), heads(state, "key", block)
+    return read.tokens(received_attention(queries, keys, segments=segments, scale=scale))
+
+
+@reads("keys", "low_keys")
+def _keys(read: Reading) -> Tensor:
+    keys = heads(read.state, "key", read.block)
+    tokens = read.tokens(keys)
+    if not (read.with_cls and SIGNALS[read.wanted.name].prefix):
+        return tokens
+    return torch.cat([read.of_groups(keys[:, :, : _skipped(read.state.encoder)]), tokens], dim=2)
+
+
+@reads("tile")
+def _tile(read: Reading) -> Tensor:
+    assert read.groups is not None
+    return read.groups.tile()
+
+
+@reads("clip_image_embeds")
+def _clip_image_embeds(read: Reading) -> Tensor:
+    assert read.companion is not None and read.state.features is not None
+    return read.companion.image_embeds(read.state.features)
 
 
 def heads(state: EncodeState, name: str, block: int) -> Tensor:
@@ -108,11 +185,9 @@ def heads(state: EncodeState, name: str, block: int) -> Tensor:
     return rotate(parts.float(), cos, sin)
 
 
-def prefix_keys(state: EncodeState, layer: int) -> Tensor:
-    """Keys [T, H, P, d] of the tokens that the host takes off, at the block `layer` after the feature layer."""
-    encoder = state.encoder
-    skip = encoder.num_prefix if encoder.drops_prefix else 0
-    return heads(state, "key", encoder.depth + layer)[:, :, :skip]
+def _skipped(encoder: Encoder) -> int:
+    """How many tokens in front of the patches the host takes off."""
+    return encoder.num_prefix if encoder.drops_prefix else 0
 
 
 def _cls_row(state: EncodeState, block: int, softmax: bool = True) -> Tensor:
@@ -164,6 +239,13 @@ def _record(encoder: Encoder, name: str) -> Callable[[nn.Module, Any, Any], None
             state.captured[name] = names.first_of(output)
 
     return hook
+
+
+def _record_features(encoder: Encoder, module: nn.Module, args: Any) -> None:
+    """Pre-hook of the projector, before any compression."""
+    state = state_of(encoder)
+    if state is not None:
+        state.features = args[0]
 
 
 def _record_arguments(encoder: Encoder, block: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
