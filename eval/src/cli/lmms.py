@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from vtc.catalogue.registry import methods
 from vtc.cli import Json, app, print_json
 from vtc.errors import EvaluationError, SpecError
 from vtc.eval.cli._options import Device, Model, Positions, split
 from vtc.eval.cli._progress import errors
+from vtc.eval.cli._shown import show_preset, show_presets, show_scores
 from vtc.eval.lmms import presets
 from vtc.eval.lmms.evaluate import TASKS, Settings, sweep
-from vtc.eval.results.file import Result, Time
 from vtc.spec import format_spec, parse
 from vtc.tokens import Budget
 
@@ -67,7 +65,7 @@ def eval_command(
         typer.echo(TASKS)
         return
     if list_presets:
-        _list_presets()
+        show_presets()
         return
     table = None if preset is None else presets.load(preset)
     if table is not None:
@@ -92,9 +90,9 @@ def eval_command(
     if as_json:
         print_json(result)
     elif table is not None:
-        _show_preset(table, result)
+        show_preset(table, result)
     else:
-        _show(result)
+        show_scores(result)
     failed = {name: cell["failed"] for name, cell in result["cells"].items() if "failed" in cell}
     if failed:
         raise EvaluationError("; ".join(f"{name} failed on {reason}" for name, reason in failed.items()))
@@ -140,60 +138,3 @@ def _value(text: str) -> Any:
         except (ValueError, KeyError):
             continue
     return text
-
-
-def _list_presets() -> None:
-    console = Console()
-    for name in presets.names():
-        preset = presets.load(name)
-        awaits = f" [yellow](awaits method {preset.awaits})[/]" if preset.awaits else ""
-        console.print(f"[bold]{', '.join((name, *preset.aliases))}[/]{awaits}", highlight=False)
-        console.print(f"  {preset.title}; {preset.model}; numbers from: {preset.source}", highlight=False, markup=False)
-
-
-def _show_preset(preset: presets.Preset, result: Result) -> None:
-    console = Console()
-    table = Table("", "", *preset.columns, title=f"{preset.title} (arXiv {preset.arxiv})")
-    last = None
-    for label, what, numbers in presets.comparison(preset, result):
-        table.add_row("" if label == last else label, what, *(numbers.get(name, "") for name in preset.columns))
-        last = label
-    console.print(table)
-    limit = (result["run"]["suite"] or {}).get("limit")
-    notes = {
-        "published numbers": preset.source,
-        "budget": preset.convention,
-        "caution": f"only the first {limit} questions of each task" if limit else "",
-        "note": preset.notes,
-        **{name: column.note for name, column in preset.columns.items()},
-    }
-    for name, text in notes.items():
-        if text:
-            console.print(f"{name}: {text}", highlight=False, markup=False)
-    _show(result)
-
-
-def _show(result: Result) -> None:
-    console = Console()
-    # the others need a wide terminal; the result file has them in any case
-    times: tuple[Time, ...] = ("ttft_ms", "tpot_ms", "selection_ms") if console.width >= 120 else ("ttft_ms",)
-    headings = {"ttft_ms": "TTFT ms", "tpot_ms": "TPOT ms", "selection_ms": "selection ms"}
-    table = Table("method", "tokens", "task", "score", "as dense", *(headings[time] for time in times))
-    for column in table.columns:
-        column.overflow = "fold"
-    for name, cell in result["cells"].items():
-        if "tasks" not in cell:
-            table.add_row(name, "", "refused" if "refused" in cell else "failed")
-            continue
-        left = [name, f"{cell['tokens']['layer_average']:g}" if "tokens" in cell else ""]
-        right = [f"{cell['agreement_with_dense']:.1%}" if "agreement_with_dense" in cell else ""]
-        right += [f"{cell[time]['median']:.1f}" if time in cell else "" for time in times]
-        for task, record in cell["tasks"].items():
-            scores = record["scores"]
-            # of a group the whole, if it has a score of its own
-            for part in [task] if task in scores else scores:
-                text = "\n".join(f"{metric} {value:.4g}" for metric, value in scores[part].items())
-                table.add_row(*left, part, text, *right)
-                left, right = ["", ""], [""] * len(right)
-    console.print(table)
-    console.print("tokens: average over layers; TTFT: median of single requests, vision tower included", style="dim")

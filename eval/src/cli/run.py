@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from vtc.cli import Json, app, print_json
-from vtc.eval.bench.prompt import RunResult, run
+from vtc.eval.bench.prompt import run
 from vtc.eval.cli._options import Attention, Device, Dtype, Positions
+from vtc.eval.cli._shown import show_run
 from vtc.eval.scenes.draw import draw_scene, questions
 from vtc.loading import load, open_image
 
@@ -66,33 +65,4 @@ def run_command(
     if as_json:
         print_json(result.to_dict())
     else:
-        _show(result)
-
-
-def _show(result: RunResult) -> None:
-    report, console = result.report, Console()
-    console.print(f"[bold]{result.question}[/]" + (f"  (true answer: {result.expected})" if result.expected else ""))
-    table = Table("", "all tokens", report.spec, title=f"{result.model}, {result.environment['device']}")
-    rows: list[tuple[str, ...]] = [
-        ("answer", result.answer_dense, result.answer),
-        ("visual tokens entering the LLM", f"{report.visual_tokens[0]}", f"{report.entering[0]}"),
-        ("  after the last cut", f"{report.visual_tokens[0]}", f"{report.after_last_cut[0]}"),
-        ("  average over layers", f"{report.visual_tokens[0]}", f"{report.layer_average[0]:g}"),
-        ("LLM prefill GFLOPs", f"{report.flops_dense / 1e9:.3f}", f"{report.flops / 1e9:.3f}"),
-        (
-            "  with tower and projector",
-            f"{(report.flops_dense + result.encoder_flops['dense']) / 1e9:.3f}",
-            f"{(report.flops + result.encoder_flops['compressed']) / 1e9:.3f}",
-        ),
-        ("time to first token, ms", *(f"{result.ttft[k].median:.1f}" for k in ("dense", "compressed"))),
-        ("  20 % .. 80 %", *(f"{t.p20:.1f} .. {t.p80:.1f}" for t in result.ttft.values())),
-        ("  of it selection, ms", "", f"{sum(report.selection_ms.values()):.2f}"),
-        ("KV cache, KiB", f"{report.kv_bytes_dense / 1024:.0f}", f"{report.kv_bytes / 1024:.0f}"),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    for note in result.notes:
-        console.print(f"note: {note}")
-    if result.overlay:
-        console.print(f"overlay written to {result.overlay}")
+        show_run(result)
