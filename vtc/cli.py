@@ -1,4 +1,7 @@
-"""The command line: what `vtc` knows (methods, signals, models), and the commands that the packages above it add."""
+"""The command line: what `vtc` knows (methods, signals, models), and the commands that the packages above it add.
+
+Commands import what they need when they are called: `vtc --help` waits for neither torch nor transformers.
+"""
 
 import dataclasses
 import importlib
@@ -11,14 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vtc.adapter import adapter_classes
-from vtc.catalogue.capabilities import capabilities, describe
-from vtc.catalogue.registry import methods
-from vtc.catalogue.tables import methods_page, models_table, signals_table
-from vtc.errors import UnsupportedModelError, VTCError
-from vtc.signals import SIGNALS
-from vtc.testing.oracle_table import LIMIT, worst_difference
-from vtc.testing.tiny import families
+from vtc.catalogue.names import check_families
+from vtc.errors import VTCError
 
 #: modules whose import adds commands to `app`; named, not imported, so that the core does not depend on them
 COMMAND_MODULES = tuple(f"vtc.eval.cli.{name}" for name in ("bench", "tune", "calibrate", "run", "doctor", "lmms"))
@@ -38,8 +35,12 @@ Markdown = Annotated[bool, typer.Option("--markdown", help="Print the Markdown t
 @app.command("methods")
 def list_methods(as_json: Json = False, as_markdown: Markdown = False) -> None:
     """List every method: where it acts, what it does, how faithful it is; --json and --markdown add where it runs."""
+    from vtc.catalogue import tables
+    from vtc.catalogue.capabilities import describe
+    from vtc.catalogue.registry import methods
+
     if as_markdown:
-        typer.echo(methods_page(), nl=False)
+        typer.echo(tables.methods_page(), nl=False)
         return
     rows = [describe(slug, families=as_json) for slug in methods()]
     if as_json:
@@ -57,6 +58,9 @@ def list_methods(as_json: Json = False, as_markdown: Markdown = False) -> None:
 @app.command("signals")
 def list_signals(as_json: Json = False, as_markdown: Markdown = False) -> None:
     """List what a stage may read beside the features: shapes, sites, and what each holds."""
+    from vtc.catalogue.tables import signals_table
+    from vtc.signals import SIGNALS
+
     if as_markdown:
         typer.echo(signals_table())
         return
@@ -72,8 +76,12 @@ def list_signals(as_json: Json = False, as_markdown: Markdown = False) -> None:
 @app.command("models")
 def list_models(as_json: Json = False, as_markdown: Markdown = False) -> None:
     """List the model families that can be patched, and (--json, --markdown) what each can do."""
+    from vtc.adapter import adapter_classes
+    from vtc.catalogue import tables
+    from vtc.catalogue.capabilities import capabilities
+
     if as_markdown:
-        typer.echo(models_table())
+        typer.echo(tables.models_table())
         return
     if as_json:
         print_json(capabilities())
@@ -87,13 +95,17 @@ def list_models(as_json: Json = False, as_markdown: Markdown = False) -> None:
 @app.command("oracle")
 def oracle(
     family: Annotated[list[str] | None, typer.Argument(help="Families; none: all.")] = None,
-    limit: Annotated[float, typer.Option(help="Largest relative difference that passes.")] = LIMIT,
+    limit: Annotated[
+        float | None, typer.Option(help="Largest relative difference that passes. None: that of the tests.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare compressed tiny models with the masked full model; exit code 1 where one differs by more than --limit."""
-    unknown = set(family or ()) - set(families())
-    if unknown:
-        raise UnsupportedModelError(f"no family {', '.join(sorted(unknown))}. Families: {', '.join(families())}.")
+    check_families(family or ())
+    from vtc.testing.oracle_table import LIMIT, worst_difference
+    from vtc.testing.tiny import families
+
+    limit = LIMIT if limit is None else limit
     rows = [worst_difference(name) for name in family or families()]
     passed = all(row.difference <= limit for row in rows)
     if as_json:

@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 import vtc
+import vtc.eval.cli.calibrate  # noqa: F401 (adds `vtc calibrate`)
 from vtc import errors
 from vtc.cli import app
-from vtc.eval.cli import calibrate as command
 from vtc.eval.data import suites
 from vtc.eval.probe import calibrate
 from vtc.loading import load
@@ -53,7 +53,7 @@ def test_own_questions(tmp_path):
 )
 def test_refused_before_anything_is_measured(arguments, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(vtc.loading, "load", lambda *_: pytest.fail("the model was loaded"))
     done = call(*arguments)
     assert isinstance(done.exception, error)
     assert message in str(done.exception)

@@ -6,9 +6,11 @@ them from the source of their files instead; tests compare them with the registr
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from typing import Any
+
+from vtc.errors import UnsupportedModelError, unknown_name
 
 #: slug -> class, of every method that was registered so far; `vtc.catalogue.registry` fills it
 METHODS: dict[str, Any] = {}
@@ -22,6 +24,28 @@ def method_names() -> tuple[str, ...]:
 def family_names() -> tuple[str, ...]:
     """The model families that ship with vtc, sorted."""
     return tuple(sorted(_declared("adapters", "register_adapter", "family")))
+
+
+def check_method(slug: str) -> None:
+    """Refuse a method that does not exist.
+
+    Raises:
+        SpecError: it does not; the nearest name is suggested.
+    """
+    if slug not in method_names():
+        raise unknown_name("method", slug, method_names(), "vtc methods")
+
+
+def check_families(families: Iterable[str]) -> None:
+    """Refuse families that do not exist.
+
+    Raises:
+        UnsupportedModelError: some do not.
+    """
+    known = family_names()
+    unknown = sorted(set(families) - set(known))
+    if unknown:
+        raise UnsupportedModelError(f"no family {', '.join(unknown)}. Families: {', '.join(known)}.")
 
 
 @functools.cache

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from vtc.catalogue.names import check_families
 from vtc.engine.host import contract
-from vtc.errors import UnsupportedModelError
 from vtc.testing.oracle_table import decoded_difference, prefill_difference, second_turn_difference
 from vtc.testing.tiny import PROMPTS, TinyModel, families, tiny
 
@@ -108,9 +108,7 @@ def self_check(
         UnsupportedModelError: there is no such family.
     """
     chosen = families() if family is None else (family,) if isinstance(family, str) else tuple(family)
-    unknown = sorted(set(chosen) - set(families()))
-    if unknown:
-        raise UnsupportedModelError(f"no family {', '.join(unknown)}. Families: {', '.join(families())}.")
+    check_families(chosen)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # models this small are slower on several
     try:

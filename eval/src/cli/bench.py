@@ -6,10 +6,9 @@ from typing import Annotated
 import typer
 
 from vtc.cli import Json, Markdown, app, print_json
-from vtc.errors import InputError, MissingExtraError
-from vtc.eval.bench import architectures, decisions, subject
-from vtc.eval.bench.cells import Settings, failures, plans
+from vtc.errors import InputError, unknown_name
 from vtc.eval.cli._options import (
+    ARCHITECTURES,
     FULL,
     QUICK,
     Attention,
@@ -22,13 +21,10 @@ from vtc.eval.cli._options import (
     Positions,
     Questions,
     budgets,
+    refuse,
     specs,
+    split,
 )
-from vtc.eval.cli._progress import bench_with_progress, errors
-from vtc.eval.data import suites
-from vtc.eval.results import compare, page, plots, terminal
-from vtc.eval.results.file import Result, read
-from vtc.loading import load
 
 bench_app = typer.Typer(
     invoke_without_command=True, help="Measure methods at token budgets; compare, plot and report what was measured."
@@ -47,7 +43,7 @@ def bench_command(
     model: Model = None,
     arch: Annotated[
         str | None,
-        typer.Option(help=f"Random weights, times only: {', '.join(architectures.archs())}. Small on a CPU."),
+        typer.Option(help=f"Random weights, times only: {', '.join(ARCHITECTURES)}. Small on a CPU."),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -76,37 +72,52 @@ def bench_command(
         return
     if arch is not None and (model is not None or data is not None):
         raise InputError("--arch has random weights: it goes with neither --model nor --data.")
+    if arch is not None and arch not in ARCHITECTURES:
+        raise unknown_name("architecture", arch, ARCHITECTURES, "vtc bench --help")
     default_budgets, default_questions, default_runs = QUICK if quick else FULL
-    cells = plans(
-        specs(method),
-        budgets(budget or default_budgets),
-        with_controls=with_controls,
-        with_ideal=latency,
+    kept, sizes = budgets(budget or default_budgets), _batches(batches)
+    refuse(
+        () if method == "all" else split(method),
+        positions=positions,
+        dtype=dtype,
+        attention=attention,
+        model=model,
+        device=device,
+        reads={"file of questions": data},
+        writes=out,
     )
+    from vtc.eval.bench import decisions
+    from vtc.eval.bench.cells import Settings, failures, plans
+    from vtc.eval.bench.subject import with_questions
+    from vtc.eval.cli._progress import bench_with_progress, draw_plots, errors, random_weights
+    from vtc.eval.data import suites
+    from vtc.eval.results import page, plots, terminal
+    from vtc.loading import load
+
+    if plot:
+        plots.check()
+    cells = plans(specs(method), kept, with_controls=with_controls, with_ideal=latency)
     settings = Settings(
         positions=positions,
-        batches=_batches(batches) if latency else (),
+        batches=sizes if latency else (),
         runs=repeats or default_runs,
         new_tokens=new_tokens,
         memory=memory,
     )
     if arch is not None:
-        measured = _random(arch, device, dtype, attention)
+        measured = random_weights(arch, device, dtype, attention)
     else:
-        loaded = load(model, device, dtype, attention)
         questions = suites.from_file_or_drawn(
             data, limit, per_category or default_questions, seed, one_word=model is not None
         )
-        measured = subject.with_questions(loaded, questions, ask=accuracy)
-    if plot:
-        plots.check()  # before anything runs
+        measured = with_questions(load(model, device, dtype, attention), questions, ask=accuracy)
     if fresh:
         out.unlink(missing_ok=True)
     result = bench_with_progress(measured, cells, settings, out)
     if with_selection:
         decisions.add(result, specs(method), measured.adapter.device, out, errors().print)
     if plot or quick:
-        _draw(result, out, optional=not plot)
+        draw_plots(result, out, optional=not plot)
     if as_json:
         print_json(result)
     elif as_markdown:
@@ -124,6 +135,9 @@ def compare_command(
     as_json: Json = False,
 ) -> None:
     """Differences of the second result to the first, cell by cell, with 95 % intervals."""
+    from vtc.eval.results import compare, terminal
+    from vtc.eval.results.file import read
+
     rows = compare.compare(read(first), read(second))
     if as_json:
         print_json(rows)
@@ -136,6 +150,9 @@ def plot_command(
     result: Annotated[Path, typer.Argument(help="A result file.")],
 ) -> None:
     """Draw accuracy against tokens and against time to first token: PNG, and HTML to explore."""
+    from vtc.eval.results import plots
+    from vtc.eval.results.file import read
+
     for path in plots.draw(read(result), result):
         typer.echo(str(path))
 
@@ -146,23 +163,13 @@ def report_command(
     out: Annotated[Path | None, typer.Option(help="Where the page is written. None: standard output.")] = None,
 ) -> None:
     """Write the Markdown page of result files; docs/results.md is made this way."""
+    from vtc.eval.results import page
+
     text = page.page(results)
     if out is None:
         typer.echo(text, nl=False)
     else:
         out.write_text(text, encoding="utf-8")
-
-
-def _draw(result: Result, out: Path, optional: bool) -> None:
-    """Plots beside the result file; `optional`: say so where they cannot be drawn, instead of failing."""
-    try:
-        lines = [f"written: {path}" for path in plots.draw(result, out)]
-    except (MissingExtraError, InputError) as error:
-        if not optional:
-            raise
-        lines = [f"no plots: {error}"]
-    for line in lines:
-        errors().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -173,15 +180,3 @@ def _batches(text: str) -> tuple[int, ...]:
     if not sizes or min(sizes) < 1:
         raise InputError(f"--batches={text!r}: write batch sizes such as 1,4,16.")
     return tuple(dict.fromkeys(sizes))
-
-
-def _random(arch: str, device: str | None, dtype: str, attention: str | None) -> subject.Subject:
-    built = architectures.build(arch, device, dtype, attention)
-    if built.is_small:
-        about = built.about()
-        errors().print(
-            f"[bold]{arch} scaled down for the CPU[/]: {about['parameters'] / 1e6:.0f} million parameters "
-            f"({about['decoder']['layers']} layers of width {about['decoder']['width']}), as many visual tokens.",
-            highlight=False,
-        )
-    return subject.without_weights(built)

@@ -8,11 +8,8 @@ import typer
 from rich.console import Console
 
 from vtc.cli import Json, app, print_json
-from vtc.errors import InputError, unknown_name
-from vtc.eval.cli._options import Device, Dtype, Model, Questions
-from vtc.eval.data import suites
-from vtc.eval.probe.calibrate import CALIBRATIONS, calibrate
-from vtc.loading import load
+from vtc.errors import unknown_name
+from vtc.eval.cli._options import CALIBRATIONS, Device, Dtype, Model, Questions, refuse
 
 
 @app.command("calibrate")
@@ -34,8 +31,11 @@ def calibrate_command(
     """Measure what a method needs to know about a model, on validation scenes or your own questions."""
     if method not in CALIBRATIONS:
         raise unknown_name("method with a calibration", method, CALIBRATIONS, "vtc calibrate --help")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {str(out)!r}: there is no folder {str(out.absolute().parent)!r}. Create it first.")
+    refuse(dtype=dtype, model=model, device=device, reads={"file of questions": data}, writes=out)
+    from vtc.eval.data import suites
+    from vtc.eval.probe.calibrate import calibrate
+    from vtc.loading import load
+
     # no test scenes: what is chosen here is measured on those
     suite = suites.scenes(per_category, seed, split="val") if data is None else suites.from_file(data)
     found = calibrate(method, load(model, device, dtype), suite, batch_size, keep)

@@ -4,11 +4,9 @@ from typing import Annotated
 
 import typer
 
+from vtc.catalogue.names import check_families
 from vtc.cli import Json, app, print_json
-from vtc.eval.cli._shown import show_diagnosis, show_self_check
-from vtc.eval.probe.doctor import diagnose
-from vtc.loading import embedded_path
-from vtc.testing.self_check import self_check
+from vtc.settings import check_model
 
 
 @app.command("doctor")
@@ -30,6 +28,11 @@ def doctor_command(
     if check:
         _self_check(model, as_json)
         return
+    check_model(model)
+    from vtc.eval.cli._shown import show_diagnosis
+    from vtc.eval.probe.doctor import diagnose
+    from vtc.loading import embedded_path
+
     found = diagnose(str(embedded_path()) if model is None else model)
     if as_json:
         print_json(found.to_dict())
@@ -38,6 +41,10 @@ def doctor_command(
 
 
 def _self_check(family: str | None, as_json: bool) -> None:
+    check_families(() if family is None else (family,))
+    from vtc.eval.cli._shown import show_self_check
+    from vtc.testing.self_check import self_check
+
     found = self_check(family)
     if as_json:
         print_json(found.to_dict())

@@ -9,16 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from vtc.catalogue.registry import methods
+from vtc.budget import Budget
 from vtc.cli import Json, app, print_json
 from vtc.errors import EvaluationError, SpecError
-from vtc.eval.cli._options import Device, Model, Positions, split
-from vtc.eval.cli._progress import errors
-from vtc.eval.cli._shown import show_preset, show_presets, show_scores
-from vtc.eval.lmms import presets
-from vtc.eval.lmms.evaluate import TASKS, Settings, sweep
-from vtc.spec import format_spec, parse
-from vtc.tokens import Budget
+from vtc.eval.cli._options import Device, Model, Positions, budgets, refuse, split
 
 
 @app.command("eval")
@@ -62,18 +56,30 @@ def eval_command(
 ) -> None:
     """Scores of lmms-eval for methods at budgets beside the dense model, with times and tokens."""
     if tasks_path:
+        from vtc.eval.lmms.evaluate import TASKS
+
         typer.echo(TASKS)
         return
     if list_presets:
+        from vtc.eval.cli._shown import show_presets
+
         show_presets()
         return
+    budgets(budget)
+    arguments = _arguments(model_args)
+    ours = preset is None and method.strip() != "all"
+    refuse(split(method, ",;") if ours else (), positions=positions, model=model, device=device, writes=out)
+    from vtc.eval.cli._progress import errors
+    from vtc.eval.cli._shown import show_preset, show_scores
+    from vtc.eval.lmms import presets
+    from vtc.eval.lmms.evaluate import Settings, sweep
+
     table = None if preset is None else presets.load(preset)
     if table is not None:
         specs, settings = list(table.specs), table.settings(limit, model)
     else:
         specs = _specs(method, budget)
         wanted = tuple(name.strip() for name in tasks.split(","))
-        arguments = _arguments(model_args)
         settings = Settings(wanted, model, lmms_model, positions, limit, batch_size, simple, arguments)
     with _traceback():
         result = sweep(
@@ -110,6 +116,9 @@ def _traceback() -> Iterator[None]:
 
 
 def _specs(methods_text: str, budgets: str) -> list[str]:
+    from vtc.catalogue.registry import methods
+    from vtc.spec import format_spec, parse
+
     written = methods() if methods_text.strip() == "all" else split(methods_text, ",;")
     found: dict[str, None] = {}
     for text in written:

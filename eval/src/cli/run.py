@@ -6,12 +6,9 @@ from typing import Annotated
 
 import typer
 
+from vtc.budget import Budget
 from vtc.cli import Json, app, print_json
-from vtc.eval.bench.prompt import run
-from vtc.eval.cli._options import Attention, Device, Dtype, Positions
-from vtc.eval.cli._shown import show_run
-from vtc.eval.scenes.draw import draw_scene, questions
-from vtc.loading import load, open_image
+from vtc.eval.cli._options import Attention, Device, Dtype, Positions, refuse
 
 
 @app.command("run")
@@ -40,6 +37,23 @@ def run_command(
     as_json: Json = False,
 ) -> None:
     """Ask a model about an image with all visual tokens and with a budget, and compare."""
+    if budget is not None:
+        Budget.of(budget)
+    refuse(
+        [method],
+        positions=positions,
+        dtype=dtype,
+        attention=attention,
+        model=model,
+        device=device,
+        reads={"image": image},
+        writes=overlay,
+    )
+    from vtc.eval.bench.prompt import run
+    from vtc.eval.cli._shown import show_run
+    from vtc.eval.scenes.draw import draw_scene, questions
+    from vtc.loading import load, open_image
+
     expected = None
     if image is None:
         scene = draw_scene(seed)

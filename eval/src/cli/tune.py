@@ -7,10 +7,9 @@ import typer
 from rich.console import Console
 
 from vtc.cli import Json, app, print_json
-from vtc.eval.bench import tune
-from vtc.eval.bench.cells import Settings, plans
-from vtc.eval.bench.subject import with_questions
+from vtc.errors import unknown_name
 from vtc.eval.cli._options import (
+    COSTS,
     FULL,
     Attention,
     Budgets,
@@ -21,12 +20,10 @@ from vtc.eval.cli._options import (
     Out,
     Positions,
     budgets,
+    refuse,
     specs,
+    split,
 )
-from vtc.eval.cli._progress import bench_with_progress
-from vtc.eval.data import suites
-from vtc.eval.results.file import read
-from vtc.loading import load
 
 
 @app.command("tune")
@@ -34,7 +31,7 @@ def tune_command(
     target: Annotated[
         str, typer.Option(help="What must hold, e.g. 'accuracy>=0.98' (relative to dense); several with commas.")
     ] = "accuracy>=0.98",
-    minimize: Annotated[str, typer.Option(help=f"What is made small: {', '.join(tune.COSTS)}.")] = "ttft",
+    minimize: Annotated[str, typer.Option(help=f"What is made small: {', '.join(COSTS)}.")] = "ttft",
     method: Methods = "all",
     budget: Budgets = None,
     per_category: Annotated[int, typer.Option(min=1, help="Drawn questions of each category.")] = FULL[1],
@@ -49,12 +46,34 @@ def tune_command(
     as_json: Json = False,
 ) -> None:
     """Choose method and budget: the cheapest that keeps the accuracy. Prints the line that applies it."""
+    if minimize not in COSTS:
+        raise unknown_name("cost", minimize, COSTS, "vtc tune --help")
+    kept = budgets(budget or "192,128,64,32")
+    refuse(
+        () if method == "all" else split(method),
+        positions=positions,
+        dtype=dtype,
+        attention=attention,
+        model=model,
+        device=device,
+        reads={"file of questions": data, "result file": None if run else out},
+        writes=out,
+    )
+    from vtc.eval.bench import tune
+    from vtc.eval.results.file import read
+
     goal = tune.Goal.of(target, minimize)
     if run:
-        cells = plans(specs(method), budgets(budget or "192,128,64,32"), with_controls=False, with_ideal=False)
-        loaded = load(model, device, dtype, attention)
+        from vtc.eval.bench.cells import Settings, plans
+        from vtc.eval.bench.subject import with_questions
+        from vtc.eval.cli._progress import bench_with_progress
+        from vtc.eval.data import suites
+        from vtc.loading import load
+
+        cells = plans(specs(method), kept, with_controls=False, with_ideal=False)
         suite = suites.from_file_or_drawn(data, None, per_category, one_word=model is not None)
-        result = bench_with_progress(with_questions(loaded, suite), cells, Settings(positions=positions), out)
+        subject = with_questions(load(model, device, dtype, attention), suite)
+        result = bench_with_progress(subject, cells, Settings(positions=positions), out)
     else:
         result = read(out)
     choice = tune.choose(result, goal)
