@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vtc.catalogue.tables import methods_page, models_table, signals_table, steps_table
+from vtc.catalogue.tables import methods_page, models_table, signals_table
 from vtc.engine.host import contract
 from vtc.eval.results.page import markdown, page
 from vtc.eval.scenes.card import card
@@ -51,7 +51,6 @@ def test_the_page_of_methods_is_up_to_date():
 @pytest.mark.parametrize(
     ("page", "table", "command"),
     [
-        ("docs/paradigm.md", steps_table, "vtc methods --markdown` under 'Filter, correlate, compress"),
         ("docs/paradigm.md", signals_table, "vtc signals --markdown` under 'What a stage may read"),
         ("docs/models.md", models_table, "vtc models --markdown"),
     ],

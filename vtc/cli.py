@@ -46,7 +46,7 @@ def list_methods(as_json: Json = False, as_markdown: Markdown = False) -> None:
     if as_json:
         print_json(rows)
         return
-    table = Table("method", "sites", "what it does", "fidelity", "arXiv", title="Methods")
+    table = Table("method", "sites", "what it does", "fidelity", "arXiv", title=f"{len(rows)} methods")
     for column in (0, 1, 3, 4):
         table.columns[column].no_wrap = True
     for row in rows:

@@ -9,6 +9,8 @@ from vtc.signals import SIGNALS
 
 METHODS = """# Methods
 
+{methods} methods, {controls} of them controls.
+
 Written by `vtc methods --markdown > docs/methods.md`; `vtc methods --json` has all of this as data, with the options
 and defaults of each method and the reason of every refusal.
 
@@ -28,7 +30,9 @@ has those), and averages over other benchmarks, or under other kinds of budget, 
 
 def methods_page() -> str:
     """The page of all methods: what each is and where it runs, what it does, and what was published about it."""
-    return "\n\n".join((METHODS, methods_table(), STEPS, steps_table(), PUBLISHED, published_table())) + "\n"
+    fidelities = [declared(slug)["fidelity"] for slug in methods()]
+    intro = METHODS.format(methods=len(fidelities), controls=fidelities.count("control"))
+    return "\n\n".join((intro, methods_table(), STEPS, steps_table(), PUBLISHED, published_table())) + "\n"
 
 
 def methods_table() -> str:
