@@ -20,6 +20,7 @@ from vtc.engine.llm import signals as layer_signals
 from vtc.engine.llm.forward import Forward, Parked, compressed_forward, cut_forward
 from vtc.engine.llm.held import Held
 from vtc.engine.llm.rows import Rows
+from vtc.engine.llm.source import Arguments
 from vtc.engine.plan import Plan, Step, layer_of
 from vtc.engine.refusals import check_biased
 from vtc.errors import SpecError, StateError
@@ -127,9 +128,7 @@ def _own_arguments(
     return {**kwargs, **_arguments(adapter, plan, state, index, hidden, kwargs)}
 
 
-def _run(
-    adapter: Adapter, step: Step, index: int, state: Forward, hidden: Tensor, own: layer_signals.Arguments
-) -> Tensor:
+def _run(adapter: Adapter, step: Step, index: int, state: Forward, hidden: Tensor, own: Arguments) -> Tensor:
     rows, door = state.rows, state.door
     assert rows is not None and rows.visual is not None and door is not None
     if not any(rows.visual.lengths):

@@ -1,12 +1,9 @@
 """Signals of `layer[k]` stages.
 
-Attention signals come from one decoder layer of the same forward. A layer that has run gave its queries and keys before
-RoPE, which are rotated here; for the layer at the site itself they are projected from the states that enter it. Only
-the rows that are asked for are computed, under the mask that the layer itself gets.
+Attention signals come from one decoder layer of the same forward (`vtc.engine.llm.source`).
 """
 
 import functools
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +12,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
-from vtc.engine.host import cache as host
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
-from vtc.engine.host.rotary import rotate
-from vtc.engine.llm import carried, sizes
+from vtc.engine.llm import carried
 from vtc.engine.llm.forward import Forward, compressed_forward
 from vtc.engine.llm.rows import Rows
+from vtc.engine.llm.source import Arguments, Source, rows_of
 from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import ATTENTION_SIGNALS, OUTPUTS, Plan, Step, source_layer
 from vtc.errors import UnsupportedFeatureError
 from vtc.indices import follow, take
 from vtc.kernels import attention_rows, received_attention
 
-#: what a layer at the site would get, cut to the rows that enter it
-Arguments = Callable[[], Mapping[str, Any]]
 DOOR = ("text_embeds", "visual_embeds")
 
 
@@ -109,106 +103,6 @@ def collect(
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """Queries and keys of one layer for the rows that it sees.
-
-    Args:
-        layer: which one.
-        rows: those that it sees, in the order of its keys.
-        hidden: what enters it, where it has not run yet; None: it has, and was captured.
-        own: its arguments, where it has not run yet.
-    """
-
-    adapter: Adapter
-    state: Forward
-    layer: int
-    rows: Rows
-    hidden: Tensor | None = None
-    own: Arguments | None = None
-
-    @property
-    def scale(self) -> float:
-        return self.adapter.layer_attention(self.layer).scale
-
-    @functools.cached_property
-    def arguments(self) -> Mapping[str, Any]:
-        """What the layer gets beside the states."""
-        return self.own() if self.own is not None else self.state.arguments[self.layer]
-
-    def plain_queries(self, rows: Int[Tensor, "B Q"] | None = None) -> Float[Tensor, "B H Q d"]:
-        """Queries of `rows` (None: all) before RoPE."""
-        if self.hidden is not None:
-            return self.adapter.queries(self.layer, self.hidden if rows is None else take(self.hidden, rows))
-        split = self.adapter.layer_attention(self.layer).split_queries
-        return _rows(split(self.state.captured[self.layer, "query"]), rows)
-
-    def queries(self, rows: Int[Tensor, "B Q"] | None = None) -> Float[Tensor, "B H Q d"]:
-        """Queries of `rows` (None: all) after RoPE."""
-        cos, sin = self.arguments[names.POSITION_EMBEDDINGS]
-        if rows is not None:
-            cos, sin = take(cos, rows), take(sin, rows)
-        return rotate(self.plain_queries(rows), cos, sin)
-
-    @functools.cached_property
-    def plain_keys(self) -> Float[Tensor, "B G R d"]:
-        """Keys of all rows of this call before RoPE."""
-        if self.hidden is not None:
-            return self.adapter.keys_values(self.layer, self.hidden)[0]
-        return self.adapter.layer_attention(self.layer).split_keys(self.state.captured[self.layer, "key"])
-
-    @functools.cached_property
-    def keys(self) -> Float[Tensor, "B G R d"]:
-        """Keys of all rows of this call after RoPE."""
-        cos, sin = self.arguments[names.POSITION_EMBEDDINGS]
-        return rotate(self.plain_keys, cos, sin)
-
-    @functools.cached_property
-    def all_keys(self) -> Float[Tensor, "B G K d"]:
-        """The same behind the keys of earlier calls."""
-        prompt = self.rows.prompt
-        if not prompt.held:
-            return self.keys
-        cached: Tensor = host.keys(prompt.cache, self.layer)
-        return cached if self.hidden is None else torch.cat([cached, self.keys.to(cached.dtype)], dim=2)
-
-    @functools.cached_property
-    def valid(self) -> Bool[Tensor, "B R"]:
-        """Which rows of this call are neither padding nor candidates of assisted decoding."""
-        return self.rows.readable
-
-    def visible(self, rows: Int[Tensor, "B Q"]) -> Bool[Tensor, "B Q K"]:
-        """What `rows` see of all keys, by the mask that the layer gets."""
-        mask = self.arguments.get(names.ATTENTION_MASK)
-        keys, new = self.all_keys.shape[2], self.keys.shape[2]
-        if mask is not None and mask.dim() == 4:
-            mask = mask[:, 0].expand(rows.shape[0], -1, -1)
-            mask = take(mask, rows)
-            return sizes.readable(mask)
-        order = torch.arange(keys, device=rows.device)
-        seen = order <= rows.clamp(min=0)[..., None] + keys - new
-        return seen if mask is None else seen & mask.bool()[:, None]
-
-    def biased(self, queries: Float[Tensor, "B H Q d"], keys: Float[Tensor, "B G K d"]) -> tuple[Tensor, Tensor]:
-        """Queries and keys of all samples, whose products hold what the layer adds to the logits of each key."""
-        bias = sizes.of_layer(self.state.plan, self.layer, self.rows)
-        return sizes.in_products(queries, keys, bias, self.scale)
-
-    def attention(self, rows: Int[Tensor, "B Q"], reduce_heads: bool = True) -> Tensor:
-        """Probability that each of `rows` gives the rows of this call, [B, Q, R] (mean) or [B, H, Q, R]."""
-        queries, keys = self.biased(self.queries(rows), self.all_keys)
-        given = attention_rows(queries, keys, mask=self.visible(rows), scale=self.scale, reduce_heads=reduce_heads)
-        return given[..., -self.keys.shape[2] :]
-
-    def gravity(self, rows: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q R"]:
-        """Mean product of vectors of ones, rotated to the places of `rows` and of all rows of this call."""
-        cos, sin = (part.float() for part in self.arguments[names.POSITION_EMBEDDINGS])
-        here = take(cos, rows), take(sin, rows)
-        asking = rotate(torch.ones_like(here[0])[:, None], *here)
-        keys = rotate(torch.ones_like(cos)[:, None], cos, sin).expand(asking.shape[0], -1, -1, -1)
-        return attention_rows(asking, keys, scale=1.0 / keys.shape[-1], softmax=False)
-
-
-@dataclass(frozen=True, eq=False)
 class Places:
     """Where the tokens of a stage and the text stand among the rows of a source."""
 
@@ -251,7 +145,7 @@ class Places:
         if name in ("keys", "layer_keys"):
             return {name: self.tokens(source.keys, 2)}
         if name == "text_keys":
-            return {name: _rows(source.keys, self.text)[sample]}
+            return {name: rows_of(source.keys, self.text)[sample]}
         if name == "queries":
             return {name: self.tokens(source.queries(), 2)}
         if name == "text_queries":
@@ -300,7 +194,7 @@ class Places:
         """What visual rows give text tokens; for each sample the rows of all its visual tokens, computed once."""
         source = self.source
         every, keys = source.biased(source.queries(), source.all_keys)
-        queries, keys = _rows(every[self.sample], self.rows), keys[self.sample]
+        queries, keys = rows_of(every[self.sample], self.rows), keys[self.sample]
         visible = source.visible(self._every_row())[self.sample]
         visible = take(visible, self.rows)
         given = attention_rows(queries, keys, mask=visible, scale=source.scale)
@@ -325,12 +219,6 @@ class Places:
     def _every_row(self) -> Int[Tensor, "B R"]:
         valid = self.source.valid
         return torch.arange(valid.shape[1], device=valid.device).expand(valid.shape[0], -1)
-
-
-def _rows(heads: Float[Tensor, "B H R d"], rows: Int[Tensor, "B Q"] | None) -> Float[Tensor, "B H Q d"]:
-    if rows is None:
-        return heads
-    return take(heads, rows, 2)
 
 
 def _text_rows(rows: Rows, visual: Visual) -> tuple[Tensor, Tensor]:
