@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import vtc
-import vtc.eval.cli.calibrate  # noqa: F401 (adds `vtc calibrate`)
+import vtc.eval.cli.calibrate
 from vtc import errors
 from vtc.cli import app
 from vtc.eval.data import suites
