@@ -4,7 +4,7 @@ They are laid out over the columns of the prompt. A merged token has the signal 
 adds have zeros.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,13 @@ from vtc.adapter import Encoder
 from vtc.engine.handover import Encoded
 from vtc.engine.llm.forward import Forward
 from vtc.engine.llm.visual import Visual
-from vtc.engine.plan import CARRIED, TEXT, Plan, Step
+from vtc.engine.plan import Plan, Step
+from vtc.engine.readers import Readers
 from vtc.errors import SignalUnavailableError
+from vtc.signals import SIGNALS
+
+#: signals of the question of each prompt, [B, ...]; the others come with what was encoded
+READERS: Readers[Callable[[Plan, Forward], Tensor]] = Readers()
 
 
 def locate(state: Forward, encoder: Encoder, encoded: Encoded, located: Visual, images: Sequence[int]) -> None:
@@ -24,7 +29,7 @@ def locate(state: Forward, encoder: Encoder, encoded: Encoded, located: Visual, 
         SignalUnavailableError: this modality cannot give what the plan carries.
     """
     for one in encoded.plan.carried:
-        if one.name != TEXT and (one.name, one.layer) not in encoded.carried:
+        if one.name not in READERS and (one.name, one.layer) not in encoded.carried:
             reason = encoder.lacks(one.name, one.layer)
             raise SignalUnavailableError(
                 f"a stage reads {one.name!r}, which {encoder.modality}s cannot give here: {reason}."
@@ -42,17 +47,10 @@ def locate(state: Forward, encoder: Encoder, encoded: Encoded, located: Visual, 
 
 
 def note_text(plan: Plan, state: Forward) -> None:
-    """Embed the question of each prompt, where a stage reads that."""
-    if plan.companion is None or all(one.name != TEXT for one in plan.carried):
-        return
-    prompt = state.prompt
-    assert prompt is not None and prompt.ids is not None and prompt.is_visual is not None
-    place = torch.arange(prompt.length, device=prompt.device)
-    is_text = prompt.text()
-    behind = is_text & (place > torch.where(prompt.is_visual, place, -1).amax(dim=1, keepdim=True))
-    chosen = torch.where(behind.any(dim=1, keepdim=True), behind, is_text).to(prompt.ids.device)
-    ids = [row[keep].tolist() for row, keep in zip(prompt.ids, chosen, strict=True)]
-    state.carried[TEXT, 0] = plan.companion.text_embeds(ids, prompt.device)
+    """Read what the plan carries of the question of each prompt."""
+    for one in plan.carried:
+        if one.name in READERS:
+            state.carried[one.name, one.layer] = READERS[one.name](plan, state)
 
 
 def collect(step: Step, state: Forward, visual: Visual) -> dict[str, Tensor]:
@@ -60,7 +58,22 @@ def collect(step: Step, state: Forward, visual: Visual) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     sample = visual.sample_index
     for one in step.stage.signals:
-        if one.name in CARRIED:
+        kind = SIGNALS[one.name]
+        if kind.carried:
             value = state.carried[one.name, one.layer]
-            found[one.name] = value[sample] if one.name == TEXT else value[sample[:, None], visual.column.clamp(min=0)]
+            per_token = kind.axis >= 0
+            found[one.name] = value[sample[:, None], visual.column.clamp(min=0)] if per_token else value[sample]
     return found
+
+
+@READERS.reads("clip_text_embeds")
+def _clip_text_embeds(plan: Plan, state: Forward) -> Tensor:
+    prompt = state.prompt
+    assert plan.companion is not None
+    assert prompt is not None and prompt.ids is not None and prompt.is_visual is not None
+    place = torch.arange(prompt.length, device=prompt.device)
+    is_text = prompt.text()
+    behind = is_text & (place > torch.where(prompt.is_visual, place, -1).amax(dim=1, keepdim=True))
+    chosen = torch.where(behind.any(dim=1, keepdim=True), behind, is_text).to(prompt.ids.device)
+    ids = [row[keep].tolist() for row, keep in zip(prompt.ids, chosen, strict=True)]
+    return plan.companion.text_embeds(ids, prompt.device)

@@ -18,13 +18,13 @@ from vtc.engine.host import cache as host
 from vtc.engine.host import contract, masks, names
 from vtc.engine.host.override import Undo
 from vtc.engine.llm import carried, unmerge
-from vtc.engine.llm import signals as layer_signals
+from vtc.engine.llm import signals as llm_signals
 from vtc.engine.llm.forward import FORWARD, NO_OUTER, OUTER, Forward, Outer
 from vtc.engine.llm.logical import READING, check_cache, memory_of
 from vtc.engine.llm.prompt import Prompt, check_width
 from vtc.engine.llm.rows import Rows
 from vtc.engine.llm.visual import Visual
-from vtc.engine.plan import Plan, Step
+from vtc.engine.plan import Plan
 from vtc.errors import InputError, StateError, UnsupportedFeatureError
 from vtc.indices import take, take_positions
 from vtc.tokens import Medium
@@ -248,12 +248,12 @@ def _decide(adapter: Adapter, plan: Plan, state: Forward, embeds: Tensor) -> tup
     for step in plan.at("llm_in"):
         if step.stage.pool == "sample":
             visual = visual.pooled()
-        signals = {**_text_signals(step, rows, visual, embeds), **carried.collect(step, state, visual)}
+        signals = llm_signals.collect(step, llm_signals.Moment(adapter, state, rows, visual, embeds))
         tokens = visual.tokens(embeds, step.budget, signals, schedule=step.stage.count)
         visual, embeds = visual.decide(step, tokens, embeds)
         rows = rows.with_visual(visual)
     state.rows = rows
-    layer_signals.note_door(plan, state, visual, embeds)
+    llm_signals.note_door(plan, state, visual, embeds)
     state.note_lengths(0)
     if any(have != sum(images) for have, images in zip(visual.lengths, visual.origin, strict=True)):
         if plan.unmerge:
@@ -323,23 +323,6 @@ def _cut_columns(rows: Rows, located: Visual, dense: Tensor) -> Tensor:
     if rows.column is None:
         return dense
     return take(dense, rows.column).masked_fill((rows.column < 0)[..., None], 0)
-
-
-def _text_signals(step: Step, rows: Rows, visual: Visual, embeds: Tensor) -> dict[str, Tensor]:
-    if not any(signal.name in ("text_embeds", "text_after") for signal in step.stage.signals):
-        return {}
-    prompt = rows.prompt
-    assert prompt.is_visual is not None
-    is_text = ~prompt.is_visual & rows.readable  # nothing was gathered yet: rows are columns
-    # text tokens first, in order; this width holds the longest text, without asking the device
-    width = prompt.length - min(visual.per_sample(prompt.batch, [sum(images) for images in visual.origin]))
-    order = (~is_text).long().argsort(dim=1, stable=True)[:, :width]
-    sample = visual.sample_index
-    return {
-        "text_embeds": take(embeds, order)[sample],
-        "text_mask": is_text.gather(1, order)[sample],
-        "text_after": order[sample] > visual.column.max(dim=1, keepdim=True).values,
-    }
 
 
 def _compact_positions(rows: Rows, positions: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from vtc.engine.host import contract, masks, names
 from vtc.engine.host.halves import silence, silenced
 from vtc.engine.host.override import Undo
 from vtc.engine.llm import freeze, sizes
-from vtc.engine.llm import signals as layer_signals
+from vtc.engine.llm import signals as llm_signals
 from vtc.engine.llm.forward import Forward, Parked, compressed_forward, cut_forward
 from vtc.engine.llm.held import Held
 from vtc.engine.llm.rows import Rows
@@ -46,7 +46,7 @@ def attach(adapter: Adapter, plan: Plan, undo: Undo) -> None:
     for index in plan.frozen:
         undo.after(adapter.layers[index], functools.partial(freeze.leave, index))
     # after the hooks above, so that what is captured is already cut
-    layer_signals.attach(adapter, plan, undo)
+    llm_signals.attach(adapter, plan, undo)
 
 
 def _check_handed_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -135,7 +135,8 @@ def _run(adapter: Adapter, step: Step, index: int, state: Forward, hidden: Tenso
         return hidden  # an earlier stage dropped everything
     with stopwatch(hidden.device) as watch:
         visual = rows.visual.pooled() if step.stage.pool == "sample" else rows.visual
-        signals = layer_signals.collect(adapter, step, index, state, visual, hidden, own)
+        moment = llm_signals.Moment(adapter, state, rows, visual, state.embeds, hidden, index, own)
+        signals = llm_signals.collect(step, moment)
         tokens = visual.tokens(hidden, step.budget, signals, rows.row_of, step.stage.count)
         left, merged = visual.decide(step, tokens, hidden, rows.row_of)
         until = step.stage.parks_until
