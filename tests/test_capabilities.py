@@ -11,7 +11,7 @@ from vtc.adapter import adapter_for
 from vtc.catalogue.capabilities import REFUSED, capabilities, describe_adapter, method_families
 from vtc.cli import app
 from vtc.engine.llm import rows
-from vtc.engine.plan import CAPTURED
+from vtc.signals import signals_at
 from vtc.stages import SITES
 from vtc.testing import families, tiny
 from vtc.testing.oracle_table import LIMIT, SPECS, worst_difference
@@ -29,7 +29,7 @@ def test_every_family_with_everything(entries):
         assert set(entry["sites"]) == set(SITES)
         for name, site in entry["sites"].items():
             if site["available"]:
-                assert set(site["signals"]) | set(site["missing"]) == set(CAPTURED[name])
+                assert set(site["signals"]) | set(site["missing"]) == set(signals_at(name))
                 assert all(len(reason) > 20 for reason in site["missing"].values())
             else:
                 assert len(site["reason"]) > 20

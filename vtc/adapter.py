@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from vtc.errors import UnsupportedModelError
+from vtc.signals import SIGNALS
 from vtc.tokens import Layout
 
 #: packages whose import registers adapters; the one place where the core names something above it
@@ -180,17 +181,18 @@ class Encoder:
 
         None where it does.
         """
-        if signal == "cls_attention_layers" and not self.blocks:
+        kind = SIGNALS[signal]
+        if kind.block == "every" and not self.blocks:
             return "its adapter does not name the blocks of its tower"
-        if signal == "tile" and self.joins_tiles:
+        if "tile" in kind.of and self.joins_tiles:
             return "the host scales and packs the tiles of an image into one grid before `tower_out`"
-        if signal.startswith("cls_") and not self.num_prefix:
+        if "cls" in kind.of and not self.num_prefix:
             return f"its tower {type(self.tower).__name__} has no [CLS] token"
-        if signal == "cls_hidden" and not self.drops_prefix:
+        if "hidden" in kind.of and not self.drops_prefix:
             return "vision_feature_select_strategy='full' already keeps [CLS] among the features"
-        if signal == "cls_hidden" and (self.features is None or self.pool is not None):
+        if "hidden" in kind.of and (self.features is None or self.pool is not None):
             return "several patches make one token before `tower_out`, and [CLS] is not such a token"
-        if signal == "low_keys":
+        if kind.block == "first":
             if not 0 <= layer < max(1, len(self.blocks)):
                 return f"its tower has the blocks 0..{len(self.blocks) - 1}, and block {layer} is none of them"
         elif layer and not 0 <= self.depth + layer < len(self.blocks):

@@ -263,7 +263,7 @@ SIGNALS = {
     ),
     "text_attention_heads": Kind(
         "B H T N",
-        "the same, head by head",
+        "text_attention, head by head",
         ("layer",),
         of=_ATTENTION,
         layer="before",
@@ -318,7 +318,7 @@ SIGNALS = {
     ),
     "sequence_valid": Kind(
         "B S",
-        "which of these rows are no padding",
+        "which rows of the sequence are no padding",
         ("layer",),
         layer="before",
         dtype="bool",
@@ -326,7 +326,7 @@ SIGNALS = {
     ),
     "sequence_row": Kind(
         "B N",
-        "row of each visual token among them",
+        "row of each visual token in the sequence",
         ("layer",),
         layer="before",
         dtype="int64",
@@ -371,7 +371,7 @@ SIGNALS = {
     ),
     "visual_mask": Kind(
         "B V",
-        "which of these are no padding",
+        "which of visual_embeds are no padding",
         ("layer",),
         of=("embeds",),
         dtype="bool",

@@ -8,6 +8,7 @@ from vtc.adapter import Encoder, register_adapter
 from vtc.adapters._llama import LlamaAdapter
 from vtc.adapters._vit import vit_encoder
 from vtc.engine.host import names
+from vtc.signals import SIGNALS
 from vtc.tokens import Layout
 
 
@@ -39,7 +40,6 @@ class PaliGemmaAdapter(LlamaAdapter):
 
     def unavailable(self, signal: str, site: str, layer: int = 0) -> str | None:
         capped = getattr(self.text_config, "attn_logit_softcapping", None)
-        reads_logits = signal == "query_logits" or ("attention" in signal and signal != "attention_output")
-        if site == "layer" and reads_logits and capped is not None:
+        if site == "layer" and "logits" in SIGNALS[signal].of and capped is not None:
             return f"its decoder caps attention logits at {capped}, which the recomputed attention does not"
         return super().unavailable(signal, site, layer)

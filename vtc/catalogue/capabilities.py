@@ -15,10 +15,10 @@ import torch
 from vtc.adapter import Adapter, adapter_classes, adapter_for
 from vtc.catalogue.registry import declared, method_class
 from vtc.companion import ClipCompanion, in_clip
-from vtc.engine.plan import CAPTURED
 from vtc.engine.planning import make_plan
 from vtc.errors import VTCError
 from vtc.settings import POSITIONS
+from vtc.signals import signals_at
 from vtc.stages import SITES, Method, Signal, Site, Stage, drop, nothing
 from vtc.tokens import Budget
 
@@ -171,7 +171,7 @@ def _site(adapter: Adapter, name: str) -> dict[str, Any]:
     if reason is not None:
         return {"available": False, "reason": reason}
     found: dict[str, Any] = {"available": True, "signals": [], "missing": {}}
-    for signal in sorted(CAPTURED.get(name, ())):
+    for signal in sorted(signals_at(name)):
         reason = _refusal(adapter, (_probe(site, Signal(signal)),))
         if reason is None:
             found["signals"].append(signal)

@@ -4,73 +4,9 @@ import functools
 from dataclasses import dataclass
 
 from vtc.companion import ClipCompanion
+from vtc.signals import SIGNALS
 from vtc.stages import Method, Signal, Stage
 from vtc.tokens import Budget
-
-#: signals of the encoder that are carried to the places of the tokens in the prompt
-CARRIED = ("cls_attention", "received_attention", "clip_image_embeds", "clip_text_embeds")
-
-#: the one of them that the prompt gives, not the images
-TEXT = "clip_text_embeds"
-
-#: signals made of the queries and keys of one decoder layer
-ATTENTION_SIGNALS = (
-    "attention_to_text",
-    "global_attention",
-    "keys",
-    "layer_keys",
-    "queries",
-    "query_attention",
-    "query_logits",
-    "sequence_keys",
-    "sequence_queries",
-    "sequence_row",
-    "sequence_valid",
-    "text_attention",
-    "text_attention_heads",
-    "text_gravity",
-    "text_keys",
-    "text_queries",
-)
-
-#: those of them that always belong to the layer at the site
-OWN = ("global_attention", "layer_keys")
-
-#: signals that a layer gives when it has run
-OUTPUTS = ("attention_output", "layer_input", "mlp_input")
-
-#: query rows that a signal may be asked for
-ROWS = ("last", "text", "mean")
-
-#: the signals that the engine captures at each site
-CAPTURED = {
-    "pixels": ("square_grid",),
-    "tower": ("cls_attention", "keys", "queries", "received_attention", "sizes"),
-    "tower_out": (
-        "cls_attention",
-        "cls_attention_layers",
-        "cls_hidden",
-        "cls_logits",
-        "cls_query",
-        "keys",
-        "low_keys",
-        "received_attention",
-        "tile",
-    ),
-    "llm_in": (*CARRIED, "text_embeds", "text_after"),
-    "layer": (
-        *CARRIED,
-        *ATTENTION_SIGNALS,
-        *OUTPUTS,
-        "normed_states",
-        "position",
-        "text_after",
-        "text_embeds",
-        "text_position",
-        "text_states",
-        "visual_embeds",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -132,7 +68,7 @@ class Plan:
     def carried(self) -> tuple[Signal, ...]:
         """The encoder signals that stages behind the encoder read."""
         steps = [step for step in self.steps if step.stage.site.name in ("llm_in", "layer")]
-        found = {s for step in steps for s in step.stage.signals if s.name in CARRIED}
+        found = {s for step in steps for s in step.stage.signals if SIGNALS[s.name].carried}
         return tuple(sorted(found, key=lambda s: (s.name, s.layer)))
 
     def signals(self, site: str, index: int | None = None) -> frozenset[Signal]:
@@ -148,6 +84,7 @@ def layer_of(step: Step) -> int:
 
 def source_layer(index: int, signal: Signal) -> int | None:
     """The decoder layer that a signal of a stage at layer `index` is made in; None: in none."""
-    if signal.name in OWN:
+    made = SIGNALS[signal.name].layer
+    if made == "own":
         return index
-    return index - 1 + signal.layer if signal.name in (*ATTENTION_SIGNALS, *OUTPUTS) else None
+    return None if made is None else index - 1 + signal.layer

@@ -5,8 +5,9 @@ from vtc.adapter import Adapter
 from vtc.companion import ClipCompanion, in_clip
 from vtc.engine.host import names
 from vtc.engine.host.flash import is_flash
-from vtc.engine.plan import CAPTURED, CARRIED, OUTPUTS, OWN, ROWS, Plan, Step, layer_of, source_layer
+from vtc.engine.plan import Plan, Step, layer_of, source_layer
 from vtc.errors import SignalUnavailableError, SpecError, UnsupportedFeatureError
+from vtc.signals import ROWS, SIGNALS
 from vtc.stages import Signal
 
 #: attention implementations that take an additive mask
@@ -50,9 +51,8 @@ def check_step(adapter: Adapter, step: Step, companion: ClipCompanion | None) ->
             raise UnsupportedFeatureError(f"{step} cannot act on {adapter.family}: {reasons[0]}.")
     # what no option of a method can change comes first
     for signal in step.stage.signals:
-        where = "tower_out" if signal.name in CARRIED else site.name
-        if not signal.name.startswith("clip_"):
-            _refuse(adapter, step, signal, adapter.unavailable(signal.name, where))
+        if "companion" not in SIGNALS[signal.name].of:
+            _refuse(adapter, step, signal, adapter.unavailable(signal.name, _origin(step, signal)))
     for signal in step.stage.signals:
         _check_signal(adapter, step, signal, companion)
 
@@ -178,7 +178,7 @@ def _check_tower(adapter: Adapter, step: Step) -> None:
 
 
 def _check_signal(adapter: Adapter, step: Step, signal: Signal, companion: ClipCompanion | None) -> None:
-    site, name = step.stage.site, signal.name
+    site, name, kind = step.stage.site, signal.name, SIGNALS[signal.name]
     if signal.rows not in ROWS:
         raise SpecError(f"{step}: rows={signal.rows!r} of {name!r} is unknown. Use one of: {', '.join(ROWS)}.")
     if signal.rows == "mean" and adapter.masks_outside:
@@ -186,19 +186,19 @@ def _check_signal(adapter: Adapter, step: Step, signal: Signal, companion: ClipC
             f"{step} reads {name!r} of all query rows, which assumes causal attention, and the prompts of "
             f"{adapter.family} are partly bidirectional. Use query='last'."
         )
-    if name not in CAPTURED.get(site.name, ()):
+    if site.name not in kind.sites:
         raise SignalUnavailableError(
             f"{step} reads {name!r}, which the engine does not capture at {site.name} yet. "
             "See the options of the method for another score, or use a method that reads other signals."
         )
-    if name.startswith("clip_"):
+    if "companion" in kind.of:
         reason = _companion_lacks(adapter, companion)
         if reason is not None:
             raise SignalUnavailableError(f"{step} reads {name!r}: {reason}. Or use relevance='llm' of the method.")
         return
-    if site.name == "layer" and name not in CARRIED:
-        latest = 0 if name in OUTPUTS or step.stage.site.before_mlp else 1
-        if name in OWN and step.stage.site.before_mlp:
+    if site.name == "layer" and not kind.carried:
+        latest = 0 if kind.layer == "ran" or step.stage.site.before_mlp else 1
+        if kind.layer == "own" and step.stage.site.before_mlp:
             raise SignalUnavailableError(
                 f"{step} reads {name!r} of layer {site.index}, and acts inside the layer before. Use before_mlp=False."
             )
@@ -207,8 +207,12 @@ def _check_signal(adapter: Adapter, step: Step, signal: Signal, companion: ClipC
                 f"{step} reads {name!r} {signal.layer:+d} layers off, and what enters layer {site.index} can tell "
                 f"nothing of that layer. Use layer={latest} or less."
             )
-    where = "tower_out" if name in CARRIED else site.name
-    _refuse(adapter, step, signal, adapter.unavailable(name, where, signal.layer))
+    _refuse(adapter, step, signal, adapter.unavailable(name, _origin(step, signal), signal.layer))
+
+
+def _origin(step: Step, signal: Signal) -> str:
+    """The site whose parts make a signal: what is carried comes from the encoder."""
+    return "tower_out" if SIGNALS[signal.name].carried else step.stage.site.name
 
 
 def _refuse(adapter: Adapter, step: Step, signal: Signal, reason: str | None) -> None:

@@ -21,10 +21,11 @@ from vtc.encoders import ImageEncoder, methods_by_themselves
 from vtc.engine.decide import budgets
 from vtc.engine.host import names
 from vtc.engine.host.override import Undo
-from vtc.engine.plan import CAPTURED, Step
+from vtc.engine.plan import Step
 from vtc.engine.vision import passage as tower
 from vtc.engine.vision.passage import Passage
 from vtc.errors import SignalUnavailableError, SpecError, StateError, UnsupportedFeatureError
+from vtc.signals import SIGNALS
 from vtc.stages import Method
 from vtc.tokens import Layout
 
@@ -167,9 +168,10 @@ class _Alone:
 def _check(encoder: ImageEncoder, step: Step) -> None:
     for signal in step.stage.signals:
         reason = None
-        if signal.name not in CAPTURED["tower"]:
+        kind = SIGNALS[signal.name]
+        if "tower" not in kind.sites:
             reason = "the engine does not capture it inside a tower"
-        elif signal.name == "cls_attention" and not encoder.has_cls:
+        elif "cls" in kind.of and not encoder.has_cls:
             reason = "it has no [CLS] token"
         elif signal.name == "queries" and encoder.num_prefix and not encoder.has_cls:
             reason = "methods take the first prefix token for [CLS], and here it is a register"
