@@ -12,6 +12,7 @@ import vtc
 from vtc import errors
 from vtc.adapter import Picture, adapter_for
 from vtc.eval.bench.prompt import run
+from vtc.eval.cli._shown import show_run
 from vtc.loading import Loaded, load
 from vtc.picture import BACKGROUND, DROPPED, GAP, TINT, arrange, cell, draw, pictures
 from vtc.testing import families, tiny
@@ -350,8 +351,18 @@ class TestRun:
         assert result.notes[-1] == "no picture: of this one"
         assert not (tmp_path / "page.png").exists()
 
-    def run(self, loaded, image, path):
-        return run(loaded, image, "what ?", "random:4", None, repeats=1, max_new_tokens=1, picture=path)
+    def test_every_note_is_printed_once(self, tmp_path, capsys):
+        one = tiny("llava")
+        loaded, image = Loaded("tiny", one.model, processor_for(one)), photograph(60, 60)
+        result = self.run(loaded, image, tmp_path / "no" / "folder.png", spec="random:99")
+        show_run(result)
+        printed = capsys.readouterr().out
+        assert len(result.notes) == 2
+        assert printed.count("note: ") == 2
+        assert printed.count("everything is kept") == 1
+
+    def run(self, loaded, image, path, spec="random:4"):
+        return run(loaded, image, "what ?", spec, None, repeats=1, max_new_tokens=1, picture=path)
 
 
 def refuse(self, inputs):

@@ -36,8 +36,6 @@ def show_run(result: RunResult) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for note in report.notes:
-        console.print(f"note: {note}")
     for note in result.notes:
         console.print(f"note: {note}")
     if result.overlay:
