@@ -74,11 +74,16 @@ class Patch(ABC, Generic[R]):
         """Take the patch off; the model is what it was before. Calling it twice does nothing."""
         self._undo.take_off()
         holder = self._holder()
-        if holder is not None and active_on(holder) is self:
+        if holder is not None and self._active() is self:
             del _ACTIVE[holder]
 
     def __repr__(self) -> str:
         return f"<vtc.{type(self).__name__} {self.spec!r}, {'active' if self.active else 'removed'}>"
+
+    def _active(self) -> "Patch[Any] | None":
+        """The active patch of the same model or encoder."""
+        holder = self._holder()
+        return None if holder is None else active_on(holder)
 
     def _install(self) -> None:
         holder = self._holder()
@@ -166,8 +171,7 @@ def _from_now_on(name: str, prepare: Callable[P, H]) -> Callable[P, H]:
     @functools.wraps(prepare)
     def call(*args: P.args, **kwargs: P.kwargs) -> H:
         handle = prepare(*args, **kwargs)
-        holder = handle._holder()
-        active = None if holder is None else active_on(holder)
+        active = handle._active()
         if active is not None:
             raise StateError(
                 f"this {handle._kind} is already patched with {active.spec!r}. Call handle.remove() first, or use "
@@ -187,8 +191,7 @@ def _for_a_block(name: str, prepare: Callable[P, H], doc: str) -> Callable[P, Ab
     @functools.wraps(prepare)
     def call(*args: P.args, **kwargs: P.kwargs) -> Iterator[H]:
         handle = prepare(*args, **kwargs)
-        holder = handle._holder()
-        outer = None if holder is None else active_on(holder)
+        outer = handle._active()
         if outer is not None:
             outer.remove()
         try:

@@ -3,15 +3,12 @@
 from vtc import settings
 from vtc.adapter import Adapter
 from vtc.companion import ClipCompanion, in_clip
-from vtc.engine.host import names
+from vtc.engine.host import masks, names
 from vtc.engine.host.flash import is_flash
 from vtc.engine.plan import Plan, Step, layer_of, source_layer
 from vtc.errors import SignalUnavailableError, SpecError, UnsupportedFeatureError
 from vtc.signals import ROWS, SIGNALS
 from vtc.stages import Signal
-
-#: attention implementations that take an additive mask
-BIASED = ("eager", "sdpa")
 
 
 def check_step(adapter: Adapter, step: Step, companion: ClipCompanion | None) -> None:
@@ -148,7 +145,7 @@ def check_biased(implementation: str | None) -> None:
     Raises:
         UnsupportedFeatureError: neither eager nor sdpa.
     """
-    if implementation not in BIASED:
+    if implementation not in masks.ADDITIVE:
         raise UnsupportedFeatureError(
             f"size_bias=True adds log(size) to attention logits, for which {implementation!r} has no argument. "
             "Load the model with attn_implementation='sdpa', or use size_bias=False."
@@ -170,7 +167,7 @@ def _check_tower(adapter: Adapter, step: Step) -> None:
         )
     for encoder in adapter.encoders:
         implementation = names.attention_of(encoder.tower.config)
-        if step.stage.weighs and implementation not in ("eager", "sdpa"):
+        if step.stage.weighs and implementation not in masks.ADDITIVE:
             raise UnsupportedFeatureError(
                 f"{step} adds log(size) to the attention logits of the tower, for which {implementation!r} has no "
                 "argument. Load the model with attn_implementation='sdpa', or turn the option off."

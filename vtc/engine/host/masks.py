@@ -11,6 +11,9 @@ from torch import Tensor
 from vtc.errors import StateError, UnsupportedFeatureError
 from vtc.indices import take
 
+#: attention implementations that take an additive mask
+ADDITIVE = ("eager", "sdpa")
+
 
 def cut(mask: Tensor, rows: Int[Tensor, "B Q"] | None, columns: Int[Tensor, "B K"]) -> Tensor:
     """`mask` at `rows` (None: all) and `columns`; columns -1 are masked.

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from vtc.encoders import ImageEncoder, methods_by_themselves
 from vtc.engine.decide import budgets
-from vtc.engine.host import names
+from vtc.engine.host import masks, names
 from vtc.engine.host.override import Undo
 from vtc.engine.plan import Step
 from vtc.engine.vision import passage as tower
@@ -181,7 +181,7 @@ def _check(encoder: ImageEncoder, step: Step) -> None:
                 "See the options of the method for another score."
             )
     implementation = encoder.implementation()
-    if step.stage.weighs and implementation not in tower.MASKED:
+    if step.stage.weighs and implementation not in masks.ADDITIVE:
         raise UnsupportedFeatureError(
             f"{step} adds log(size) to the attention logits, for which {implementation!r} has no argument. "
             "Load the model with attn_implementation='sdpa', or turn the option off."

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vtc.adapter import Attention, Halves
 from vtc.engine.decide import run_step, stopwatch
-from vtc.engine.host import names
+from vtc.engine.host import masks, names
 from vtc.engine.host.halves import is_silent, silence, silenced
 from vtc.engine.host.override import Undo
 from vtc.engine.plan import Step
@@ -34,9 +34,6 @@ from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout, Tokens
 
 Targets = Callable[[Step, tuple[int, ...]], tuple[int, ...]]
-
-#: attention implementations that take an additive mask
-MASKED = ("eager", "sdpa")
 
 
 @dataclass(eq=False)
@@ -148,7 +145,7 @@ class Passage:
         """The attention mask of a shortened sequence, in the place of the host's, which hides nothing."""
         if self._bias is None:
             return None
-        if self.implementation not in MASKED:
+        if self.implementation not in masks.ADDITIVE:
             raise UnsupportedFeatureError(
                 f"the tokens left of these images differ in number or carry log(size), which needs a mask that "
                 f"{self.implementation!r} does not take. Load the model with attn_implementation='sdpa'."
