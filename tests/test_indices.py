@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vtc.indices import compact, follow, invert, mark, put, take, take_positions
+from vtc.indices import compact, follow, invert, mark, put, shift, take, take_positions
 
 INDEX = torch.tensor([[2, -1, 0], [-1, -1, 1]])
 
@@ -47,6 +47,11 @@ def test_put_writes_nothing_at_padding():
     assert not written[0, 1].any()
     assert not written[1, [0, 2]].any()
     assert not x.any()
+
+
+def test_shift():
+    assert shift(INDEX, 5).tolist() == [[7, -1, 5], [-1, -1, 6]]
+    assert shift(INDEX, torch.tensor([[1], [2]])).tolist() == [[3, -1, 1], [-1, -1, 3]]
 
 
 def test_mark():

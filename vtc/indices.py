@@ -46,6 +46,20 @@ def take(x: Tensor, index: Int[Tensor, "B R"], dim: int = 1) -> Tensor:
     return x.gather(dim, index.clamp(min=0).to(x.device).view(place).expand(wanted))
 
 
+def shift(index: Int[Tensor, "*axes"], by: int | Tensor) -> Int[Tensor, "*axes"]:
+    """`index` counted from a place `by` entries before; -1 stays -1.
+
+    Args:
+        index: int64, any shape.
+        by: a number, or a tensor that broadcasts to `index`.
+
+    Example:
+        >>> shift(torch.tensor([[2, -1, 0]]), 3).tolist()
+        [[5, -1, 3]]
+    """
+    return torch.where(index < 0, -1, index + by)
+
+
 def take_positions(positions: Int[Tensor, "*axes #B S"], index: Int[Tensor, "B R"]) -> Int[Tensor, "*axes B R"]:
     """Position ids of the entries `index`; M-RoPE has one row of them for each axis. -1 reads entry 0."""
     index = index.clamp(min=0).to(positions.device)

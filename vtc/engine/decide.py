@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtc.engine.plan import Step
 from vtc.errors import InputError, VTCError
+from vtc.indices import shift
 from vtc.stages import Schedule
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout, Tokens
@@ -31,7 +32,7 @@ def run_step(step: Step, tokens: Tokens) -> TokenMap:
         identity = TokenMap.identity(tokens.lengths, tokens.x.device)
         if not tokens.num_prefix:
             return identity
-        anchor = torch.where(identity.anchor < 0, -1, identity.anchor + tokens.num_prefix)
+        anchor = shift(identity.anchor, tokens.num_prefix)
         return TokenMap(anchor, identity.lengths, identity.num_tokens + tokens.num_prefix)
     check_finite(step, tokens)
     try:

@@ -18,6 +18,7 @@ from vtc.primitives import (
     join_keep,
     keep_where,
     mean_merge,
+    shift,
     take_rows,
     topk_keep,
 )
@@ -193,7 +194,7 @@ def _side_by_side(tokens: Tokens, frames: TokenMap, table: Tensor, is_apart: Ten
     first = torch.tensor([row[:-1] for row in starts], device=table.device).flatten()[:, None]
     assert frames.source is not None and frames.slot is not None and frames.weight is not None
     source = table.gather(1, frames.source.clamp(min=0)).clamp(min=0).view(batch, -1)
-    slot = torch.where(frames.slot < 0, -1, frames.slot + first).view(batch, -1)
+    slot = shift(frames.slot, first).view(batch, -1)
     anchor = table.gather(1, frames.anchor.clamp(min=0)).masked_fill(frames.anchor < 0, -1).view(batch, -1)
     separators = keep_where(is_apart & tokens.mask, max(apart))
     place = torch.arange(separators.shape[1], device=table.device)

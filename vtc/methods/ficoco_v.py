@@ -17,6 +17,7 @@ from vtc.primitives import (
     ranks_within,
     rest_of,
     self_preserving_merge,
+    shift,
     slot_of,
     targets_above,
     top_links,
@@ -150,7 +151,7 @@ class FiCoCoV(Method):
             redundancy = self.spread(tokens, redundancy)
         kept = topk_keep(-redundancy, tokens.budget, mask=tokens.mask[:, prefix:])
         front = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
-        keep = torch.cat([front, torch.where(kept < 0, -1, kept + prefix)], dim=1)
+        keep = torch.cat([front, shift(kept, prefix)], dim=1)
         if not self.is_reference("order"):
             return keep
         last = redundancy.new_full((len(keep), prefix), torch.finfo(redundancy.dtype).min)

@@ -9,7 +9,7 @@ from torch import Tensor
 from vtc.catalogue.registry import register
 from vtc.kernels import similarity_degree, similarity_propagate
 from vtc.options import Count, OneOf, Positive
-from vtc.primitives import segment_table, topk_keep
+from vtc.primitives import segment_table, shift, topk_keep
 from vtc.stages import Method, Paper, Site, Stage
 from vtc.tokens import Tokens
 
@@ -63,7 +63,7 @@ class GPrune(Method):
         """Flat places [G, W] (-1 is padding) of the tokens of each graph, their degrees and their scores."""
         table = segment_table(tokens, join_crops=self.graphs == "anyres")
         group = torch.arange(len(table), device=table.device) // (len(table) // tokens.x.shape[0])
-        place = torch.where(table < 0, -1, table + group[:, None] * tokens.x.shape[1])
+        place = shift(table, group[:, None] * tokens.x.shape[1])
         mask = place >= 0
         x = tokens.x.flatten(0, 1)[place.clamp(min=0)].float()
         degree = similarity_degree(x, mask=mask, reduce="count", threshold=self.similarity)

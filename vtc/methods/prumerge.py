@@ -9,7 +9,7 @@ from torch import Tensor
 from vtc.catalogue.registry import register
 from vtc.kernels import attention_rows, cosine_match
 from vtc.options import AtLeastOne, Score, Variant
-from vtc.primitives import ascending, take_rows
+from vtc.primitives import ascending, shift, take_rows
 from vtc.stages import Links, Method, Paper, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
@@ -104,7 +104,7 @@ class PruMerge(Method):
 
     def correlate(self, tokens: Tokens, keep: Tensor) -> Links:
         keys, prefix = self._keys(tokens)[:, tokens.num_prefix :], tokens.num_prefix
-        kept = torch.where(keep < 0, -1, keep - prefix)
+        kept = shift(keep, -prefix)
         pool = tokens.mask[:, prefix:] if self.variant == "reference" else self._rest(tokens, keep)
         # among all tokens each finds itself, which is taken out
         most = min(self.neighbours + (self.variant == "reference"), keys.shape[1])

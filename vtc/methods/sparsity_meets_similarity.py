@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from vtc.catalogue.registry import register
 from vtc.options import AtLeastOne, OneOf, Within
-from vtc.primitives import instruction, keep_where, ranks, settled
+from vtc.primitives import instruction, keep_where, ranks, settled, shift
 from vtc.stages import Method, Paper, Signal, Site, Stage
 from vtc.tokens import Tokens
 
@@ -84,7 +84,7 @@ class SparsityMeetsSimilarity(Method):
         else:
             score = tokens.signal(SIGNALS[self.similarity]).float()
         keep = self._head(score, mask, self.count(score, mask), tokens)
-        return torch.where(keep < 0, -1, keep + prefix)
+        return shift(keep, prefix)
 
     def by_text(self, tokens: Tokens) -> Tensor:
         """Stage 2, [B, K]."""

@@ -9,7 +9,7 @@ from vtc.catalogue.registry import register
 from vtc.errors import SpecError
 from vtc.kernels import cosine_match
 from vtc.options import AtLeastOne, Positive
-from vtc.primitives import rest_of, size_weighted_merge, take_rows, topk_keep
+from vtc.primitives import rest_of, shift, size_weighted_merge, take_rows, topk_keep
 from vtc.stages import Drop, Links, Method, Paper, Signal, Site, Stage, Weigh
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
@@ -83,7 +83,7 @@ class TokenTransforming(Method):
         prefix = tokens.num_prefix
         kept = topk_keep(tokens.signal("received_attention"), tokens.budget, mask=tokens.mask[:, prefix:])
         front = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
-        return torch.cat([front, torch.where(kept < 0, -1, kept + prefix)], dim=1)
+        return torch.cat([front, shift(kept, prefix)], dim=1)
 
     def correlate(self, tokens: Tokens, keep: Tensor) -> Links:
         metric = tokens.signal("keys").float().mean(dim=1)

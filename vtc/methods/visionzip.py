@@ -8,7 +8,16 @@ from torch import Tensor
 
 from vtc.catalogue.registry import register
 from vtc.options import Score, Variant, Within
-from vtc.primitives import add_mean, assign_nearest, join_keep, mean_merge, rest_of, topk_keep, valid_prefix
+from vtc.primitives import (
+    add_mean,
+    assign_nearest,
+    join_keep,
+    mean_merge,
+    rest_of,
+    shift,
+    topk_keep,
+    valid_prefix,
+)
 from vtc.stages import Links, Method, Paper, Signal, Site, Stage
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Tokens
@@ -66,7 +75,7 @@ class VisionZip(Method):
         score = tokens.signal("cls_attention" if self.score == "cls" else "received_attention")
         patches = topk_keep(score, [d - prefix for d in dominant], mask=tokens.mask[:, prefix:])
         cls = torch.arange(prefix, device=patches.device).expand(patches.shape[0], -1)
-        top = torch.cat([cls, torch.where(patches < 0, -1, patches + prefix)], dim=1)
+        top = torch.cat([cls, shift(patches, prefix)], dim=1)
         rest = rest_of(top, tokens.ends, dominant, tokens.x.shape[1])
         stride = [max(1, (n - d) // max(c, 1)) for n, d, c in zip(tokens.ends, dominant, contextual, strict=True)]
         place = torch.arange(max(contextual), device=top.device) * torch.tensor(stride, device=top.device)[:, None]

@@ -4,6 +4,7 @@ All work on [B, N, ...] tensors with a validity mask, loop over neither samples 
 unchanged.
 """
 
+from vtc.indices import shift
 from vtc.primitives.bipartite import bipartite_keep, bipartite_links
 from vtc.primitives.clustering import density_peaks
 from vtc.primitives.correlation import targets_above, top_links
@@ -68,6 +69,7 @@ __all__ = [
     "self_preserving_merge",
     "settle",
     "settled",
+    "shift",
     "size_weighted_merge",
     "slot_of",
     "sum_merge",

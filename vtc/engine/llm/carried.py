@@ -56,13 +56,11 @@ def note_text(plan: Plan, state: Forward) -> None:
 def collect(step: Step, state: Forward, visual: Visual) -> dict[str, Tensor]:
     """The carried signals that `step` declares, aligned with the tokens of `visual`."""
     found: dict[str, Tensor] = {}
-    sample = visual.sample_index
     for one in step.stage.signals:
         kind = SIGNALS[one.name]
         if kind.carried:
             value = state.carried[one.name, one.layer]
-            per_token = kind.axis >= 0
-            found[one.name] = value[sample[:, None], visual.column.clamp(min=0)] if per_token else value[sample]
+            found[one.name] = visual.gather(value) if kind.axis >= 0 else value[visual.sample_index]
     return found
 
 

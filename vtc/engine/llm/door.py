@@ -20,13 +20,13 @@ from vtc.engine.host.override import Undo
 from vtc.engine.llm import carried, unmerge
 from vtc.engine.llm import signals as llm_signals
 from vtc.engine.llm.forward import FORWARD, NO_OUTER, OUTER, Forward, Outer
-from vtc.engine.llm.logical import READING, check_cache, memory_of
+from vtc.engine.llm.logical import READING, check_cache, recall
 from vtc.engine.llm.prompt import Prompt, check_width
 from vtc.engine.llm.rows import Rows
 from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import Plan
 from vtc.errors import InputError, StateError, UnsupportedFeatureError
-from vtc.indices import take, take_positions
+from vtc.indices import shift, take, take_positions
 from vtc.tokens import Medium
 
 
@@ -99,11 +99,9 @@ def _cut_outer_mask(
         )
     state.mask = mask
     tokens = given[names.INPUTS_EMBEDS] if state.ids is None else state.ids
-    memory = memory_of(cache, plan, tokens.shape[0]) if cache is not None else None
-    READING.set(memory)
+    memory = recall(cache, plan, tokens.shape[0])
     if memory is None:
         return kwargs
-    memory = memory.grown(host.held_length(cache, plan.reference))
     past = memory.length
     new = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
     columns = torch.cat([memory.reference.columns.to(tokens.device), new], dim=1)
@@ -186,16 +184,15 @@ def _compress(adapter: Adapter, plan: Plan, module: nn.Module, args: Any, kwargs
 def _prompt(plan: Plan, state: Forward, cache: Any, embeds: Tensor) -> Prompt:
     """The new tokens; from here on the running call may read what was noted on the cache."""
     batch, length = embeds.shape[:2]
-    memory = memory_of(cache, plan, batch) if cache is not None else None
-    READING.set(memory)
+    memory = recall(cache, plan, batch)
     given = Prompt(batch, length, embeds.device, cache, ids=state.ids, candidates=state.candidates)
     if not state.encoded and memory is None:
         return given
     check_cache(cache)
-    held = host.held_length(cache, plan.reference) if cache is not None else 0
     if memory is not None:
-        memory = memory.grown(held)
-    return replace(given, memory=memory, past=held if memory is None else memory.length, held=held)
+        return replace(given, memory=memory, past=memory.length, held=memory.reference.entries)
+    held = host.held_length(cache, plan.reference) if cache is not None else 0
+    return replace(given, past=held, held=held)
 
 
 def _check(adapter: Adapter, state: Forward, prompt: Prompt, module: nn.Module) -> None:
@@ -228,7 +225,7 @@ def _with_valid(prompt: Prompt, mask: Any) -> Prompt:
     """The same, which knows what is padding."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return prompt
-    prompt.check_width(mask)
+    check_width(mask, prompt.past, prompt.length)
     return replace(prompt, valid=mask.to(prompt.device).bool()[:, prompt.past :])
 
 
@@ -352,7 +349,7 @@ def _door_mask(adapter: Adapter, plan: Plan, rows: Rows, mask: Any, embeds: Tens
     else:
         held = memory.reference.columns if memory is not None else prompt.arange(prompt.past)
         past = prompt.past
-    columns = torch.cat([held, torch.where(new < 0, -1, new + past)], dim=1)
+    columns = torch.cat([held, shift(new, past)], dim=1)
     ragged = rows.ragged or (memory is not None and memory.reference.ragged)
     implementation = names.attention_of(adapter.text_config)
     for part in mask.values() if isinstance(mask, dict) else (mask,):

@@ -10,7 +10,7 @@ from vtc.engine.llm.forward import Forward
 from vtc.engine.llm.held import Memory
 from vtc.engine.llm.rows import Rows
 from vtc.engine.plan import Plan, layer_of
-from vtc.indices import follow, invert
+from vtc.indices import follow, invert, shift
 
 
 def evict(cache: Any, plan: Plan, state: Forward, memory: Memory) -> Memory:
@@ -37,7 +37,6 @@ def held_after_prefill(plan: Plan, per_layer: tuple[tuple[int, ...], ...]) -> tu
 def _entries(kept: Rows, memory: Memory, index: int) -> Int[Tensor, "B K"]:
     """Of layer `index`, the entries of earlier calls and those of the tokens that are among `kept`."""
     prompt = kept.prompt
-    before = prompt.held if prompt.memory is None else prompt.memory.layers[index].entries
-    logical = torch.where(kept.columns < 0, -1, kept.columns + prompt.past)
+    logical = shift(kept.columns, prompt.past)
     where = follow(invert(memory.layers[index].columns, memory.length), logical)
-    return torch.cat([prompt.arange(before), where], dim=1)
+    return torch.cat([prompt.arange(prompt.entries(index)), where], dim=1)

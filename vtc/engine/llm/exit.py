@@ -21,7 +21,7 @@ from vtc.engine.llm.logical import remember
 from vtc.engine.llm.rows import Rows
 from vtc.engine.plan import Plan
 from vtc.errors import StateError
-from vtc.indices import invert, take
+from vtc.indices import invert, shift, take
 
 Record = Callable[[Forward], None]
 
@@ -82,9 +82,9 @@ def _written(adapter: Adapter, plan: Plan, state: Forward) -> Memory:
 def _joined(state: Forward, index: int, seen: Rows) -> Held:
     """The entries of layer `index` before this call, followed by its new ones."""
     prompt = seen.prompt
-    before = None if prompt.memory is None else prompt.memory.layers[index]
+    before = prompt.before(index)
     held = prompt.arange(prompt.past) if before is None else before.columns
-    column = torch.cat([held, torch.where(seen.columns < 0, -1, seen.columns + prompt.past)], dim=1)
+    column = torch.cat([held, shift(seen.columns, prompt.past)], dim=1)
     ragged = seen.ragged or (before is not None and before.ragged)
     return Held(
         column, _places(seen, before), ragged, _shift(state, seen, before), sizes.of_layer(state.plan, index, seen)
@@ -93,13 +93,8 @@ def _joined(state: Forward, index: int, seen: Rows) -> Held:
 
 def _places(seen: Rows, before: Held | None) -> Tensor | None:
     """Where the entries stand among those of the reference layer; None: they are the same."""
-    prompt = seen.prompt
-    held = None if before is None else before.places
-    if seen.place is None and held is None:
-        return None
-    held = prompt.arange(prompt.held) if held is None else held
-    place = prompt.arange(seen.count) if seen.place is None else seen.place
-    return torch.cat([held, torch.where(place < 0, -1, place + prompt.held)], dim=1)
+    is_whole = seen.place is None and (before is None or before.place is None)
+    return None if is_whole else seen.entries(before)
 
 
 def _shift(state: Forward, seen: Rows, before: Held | None) -> Tensor | None:

@@ -19,7 +19,7 @@ from vtc.engine.llm.forward import FORWARD, Forward
 from vtc.engine.llm.rows import Rows
 from vtc.engine.plan import Step
 from vtc.errors import SpecError
-from vtc.indices import compact, put, take, take_positions
+from vtc.indices import compact, put, shift, take, take_positions
 
 
 def enter(
@@ -80,8 +80,8 @@ def _mask(
 ) -> Tensor:
     """[B, 1, live, held + frozen + live] of layer `index`."""
     prompt = rows.prompt
-    held = prompt.held if prompt.memory is None else prompt.memory.layers[index].entries
-    columns = torch.cat([prompt.arange(held), torch.where(order < 0, -1, order + held)], dim=1)
+    held = prompt.entries(index)
+    columns = torch.cat([prompt.arange(held), shift(order, held)], dim=1)
     masks.check_width(mask, held + rows.count)
     if mask is not None:
         return masks.cut(mask, live, columns)

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vtc.adapter import Adapter
@@ -161,7 +160,7 @@ def _arguments(
     rows = state.rows
     assert rows is not None
     prompt, place = rows.prompt, rows.place
-    before = prompt.memory.layers[index] if prompt.memory is not None else None
+    before = prompt.before(index)
     is_whole = place is None and (before is None or (before.place is None and before.shift is None))
     if is_whole and not plan.size_bias:
         return {}
@@ -185,10 +184,7 @@ def _arguments(
     assert state.door is not None
     mask, implementation = kwargs.get(names.ATTENTION_MASK), names.attention_of(adapter.text_config)
     masks.check_width(mask, prompt.held + state.door.count)
-    held = None if before is None else before.places
-    held = prompt.arange(prompt.held) if held is None else held
-    new = prompt.arange(rows.count) if place is None else place
-    columns = torch.cat([held, torch.where(new < 0, -1, new + prompt.held)], dim=1)
+    columns = rows.entries(before)
     if mask is not None:
         cut[names.ATTENTION_MASK] = masks.cut(mask, place, columns)
     elif bias is not None or rows.ragged or (before is not None and before.ragged):

@@ -21,12 +21,13 @@ from vtc.errors import StateError, UnsupportedFeatureError
 READING: ContextVar[Memory | None] = ContextVar("vtc_reading", default=None)
 
 
-def memory_of(cache: Any, plan: Plan, batch: int) -> Memory | None:
-    """The memory of `cache`, or None for a cache that holds everything.
+def recall(cache: Any, plan: Plan, batch: int) -> Memory | None:
+    """What the layers of `cache` hold by now, which the running call may read; None: everything, or there is none.
 
     Raises:
         StateError: the cache was made under another patch, or its batch changed.
     """
+    READING.set(None)
     memory: Memory | None = getattr(cache, ATTRIBUTE, None)
     if memory is None or host.held_length(cache) == 0:
         return None
@@ -41,7 +42,8 @@ def memory_of(cache: Any, plan: Plan, batch: int) -> Memory | None:
             f"this compressed KV cache was made for {made_for} prompts and is used for {batch}. "
             "Expand the inputs before the first forward (num_return_sequences, num_beams), not the cache."
         )
-    return memory
+    READING.set(memory)
+    return memory.grown(host.held_length(cache, plan.reference))
 
 
 def remember(cache: Any, memory: Memory) -> None:

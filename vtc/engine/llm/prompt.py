@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vtc.engine.host import cache as host
-from vtc.engine.llm.held import Memory
+from vtc.engine.llm.held import Held, Memory
 from vtc.errors import InputError, StateError
 from vtc.tokens import Layout, Medium
 
@@ -57,14 +57,14 @@ class Prompt:
         assert self.is_visual is not None
         return ~self.is_visual if self.valid is None else ~self.is_visual & self.valid
 
-    def check_width(self, mask: Tensor) -> None:
-        """Refuse a 2-D mask of another width than the conversation.
+    def before(self, layer: int) -> Held | None:
+        """What `layer` held before this call; None: every column."""
+        return None if self.memory is None else self.memory.layers[layer]
 
-        Raises:
-            InputError: in a prefill.
-            StateError: on a cache; the mask may be wrong, or the cache may have lost what vtc noted on it.
-        """
-        check_width(mask, self.past, self.length)
+    def entries(self, layer: int) -> int:
+        """How many entries `layer` held before this call."""
+        before = self.before(layer)
+        return self.held if before is None else before.entries
 
     def check_positions(self, positions: Tensor | None) -> None:
         """Refuse positions of another number of tokens.

@@ -3,12 +3,14 @@
 import functools
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from vtc.engine.llm.held import Held
 from vtc.engine.llm.prompt import Prompt
 from vtc.engine.llm.visual import Visual
-from vtc.indices import compact, follow, invert, take
+from vtc.indices import compact, follow, invert, shift, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,14 @@ class Rows:
     def within(self, other: "Rows") -> Int[Tensor, "B R"]:
         """Where these rows stand among those of `other`, -1 where they do not."""
         return follow(other.row_of, self.columns)
+
+    def entries(self, before: Held | None) -> Int[Tensor, "B N"]:
+        """Places of all entries of a layer that sees these rows, behind what it held `before` this call."""
+        prompt = self.prompt
+        held = None if before is None else before.places
+        held = prompt.arange(prompt.held) if held is None else held
+        new = prompt.arange(self.count) if self.place is None else self.place
+        return torch.cat([held, shift(new, prompt.held)], dim=1)
 
     def with_visual(self, visual: Visual) -> "Rows":
         """The same rows, of whose visual tokens others are left or merged."""

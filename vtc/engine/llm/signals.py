@@ -23,7 +23,7 @@ from vtc.engine.llm.visual import Visual
 from vtc.engine.plan import Plan, Step, source_layer
 from vtc.engine.readers import Readers
 from vtc.errors import UnsupportedFeatureError
-from vtc.indices import follow, take
+from vtc.indices import follow, shift, take
 from vtc.kernels import attention_rows, received_attention
 from vtc.signals import SIGNALS, read_at
 from vtc.stages import Signal
@@ -186,8 +186,7 @@ def collect(step: Step, moment: Moment) -> dict[str, Tensor]:
 
 @reads("position")
 def _position(read: Reading) -> Tensor:
-    column = read.moment.visual.column
-    return torch.where(column < 0, -1, column + read.moment.rows.prompt.past)
+    return shift(read.moment.visual.column, read.moment.rows.prompt.past)
 
 
 @reads("normed_states")

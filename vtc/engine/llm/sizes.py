@@ -15,13 +15,13 @@ from vtc.engine.plan import Plan
 def of_layer(plan: Plan, index: int, seen: Rows) -> Float[Tensor, "B K"] | None:
     """log(size) of every key of layer `index`, those of earlier calls first; None: 0 for all."""
     prompt = seen.prompt
-    before = None if prompt.memory is None else prompt.memory.layers[index]
+    before = prompt.before(index)
     held = None if before is None else before.biases
     merges = seen.visual is not None and not seen.visual.token_map.is_selection
     if not plan.size_bias or (held is None and not merges):
         return None
     if held is None:
-        held = torch.zeros(prompt.batch, prompt.past if before is None else before.entries, device=prompt.device)
+        held = torch.zeros(prompt.batch, prompt.entries(index), device=prompt.device)
     new = _of_rows(seen) if merges else torch.zeros_like(seen.columns, dtype=held.dtype)
     return torch.cat([held, new], dim=1)
 

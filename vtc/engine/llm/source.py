@@ -101,9 +101,7 @@ class Source:
         mask = self.arguments.get(names.ATTENTION_MASK)
         keys, new = self.all_keys.shape[2], self.keys.shape[2]
         if mask is not None and mask.dim() == 4:
-            mask = mask[:, 0].expand(rows.shape[0], -1, -1)
-            mask = take(mask, rows)
-            return sizes.readable(mask)
+            return sizes.readable(take(mask[:, 0], rows))
         order = torch.arange(keys, device=rows.device)
         seen = order <= rows.clamp(min=0)[..., None] + keys - new
         return seen if mask is None else seen & mask.bool()[:, None]

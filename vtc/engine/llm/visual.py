@@ -10,7 +10,7 @@ from torch import Tensor
 from vtc.engine.decide import budgets, run_step
 from vtc.engine.plan import Step
 from vtc.errors import InputError
-from vtc.indices import follow
+from vtc.indices import follow, shift
 from vtc.stages import Schedule
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Budget, Layout, Tokens
@@ -161,7 +161,7 @@ class Visual:
 
         layout = self.layout
         first_segment = _first_segments(layout, members, device)
-        shifted = replace(layout, segment=torch.where(layout.segment < 0, -1, layout.segment + first_segment[:, None]))
+        shifted = replace(layout, segment=shift(layout.segment, first_segment[:, None]))
         grids = tuple(tuple(grid for g in group for grid in layout.grids[g]) for group in members)
         return Visual(
             pool(self.column, -1),
@@ -195,7 +195,7 @@ class Visual:
             x = after.scatter(x, values, row_of)
         return after, x
 
-    def gather(self, x: Float[Tensor, "B R D"], row_of: Int[Tensor, "B S"] | None = None) -> Float[Tensor, "G N D"]:
+    def gather(self, x: Float[Tensor, "B R *D"], row_of: Int[Tensor, "B S"] | None = None) -> Float[Tensor, "G N *D"]:
         """The features of the surviving tokens; `row_of` translates columns to rows of a shortened `x`."""
         return x[self.sample_index[:, None], self.rows(row_of).clamp(min=0)]
 
@@ -263,7 +263,7 @@ def _concatenate(maps: TokenMap, group: Sequence[int], inputs: Sequence[int], nu
         n = one.lengths[0]
         anchor = one.anchor[:, :n]
         source, place, weight, mass = _edges(one)
-        parts.append((anchor + token, source + token, torch.where(place < 0, -1, place + slot), weight, mass))
+        parts.append((anchor + token, source + token, shift(place, slot), weight, mass))
         token, slot = token + n_in, slot + n
     anchor, *rest = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
     return TokenMap(anchor, (slot,), num_tokens, *(() if maps.is_selection else rest))

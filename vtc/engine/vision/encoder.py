@@ -28,7 +28,7 @@ from vtc.engine.vision import tower as tower_groups
 from vtc.engine.vision.call import ENCODE, EncodeState, state_of
 from vtc.engine.vision.tiles import Groups
 from vtc.errors import SignalUnavailableError, UnsupportedFeatureError
-from vtc.indices import take
+from vtc.indices import shift, take
 from vtc.tokenmap import TokenMap
 from vtc.tokens import Layout, Tokens
 
@@ -204,7 +204,7 @@ def _without_prefix(token_map: TokenMap, num_prefix: int) -> TokenMap:
     """Count the anchors from the first visual token; [CLS] stays as a source only until here."""
     if not num_prefix:
         return token_map
-    anchor = torch.where(token_map.anchor < 0, -1, token_map.anchor - num_prefix)
+    anchor = shift(token_map.anchor, -num_prefix)
     if token_map.source is None:
         return TokenMap(anchor, token_map.lengths, token_map.num_tokens - num_prefix)
     assert token_map.slot is not None and token_map.weight is not None
