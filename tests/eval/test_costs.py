@@ -62,6 +62,6 @@ def test_a_prompt_that_is_short_in_every_layer(family):
 def test_a_tower_whose_blocks_nobody_names_is_refused(monkeypatch):
     adapter = adapter_for(tiny("llava").model)
     unnamed = tuple(dataclasses.replace(encoder, blocks=()) for encoder in adapter.encoders)
-    monkeypatch.setattr(type(adapter), "encoders", unnamed)
+    monkeypatch.setattr(adapter, "encoders", unnamed)
     with pytest.raises(errors.UnsupportedModelError, match="does not name the blocks"), observed_encoder(adapter):
         pass
